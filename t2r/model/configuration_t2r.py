@@ -1,0 +1,114 @@
+"""T2RConfig: the source model's shape, plus how its attention was replaced."""
+
+from transformers import PreTrainedConfig
+
+LINEAR_ATTENTION = "linear_attention"
+SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
+
+
+class T2RConfig(PreTrainedConfig):
+    """Configuration of a T2R model: the fields of a Llama-like source, and those of Gated Slot Attention.
+
+    Args:
+        attention_bias: whether q, k and v projections have a bias.
+        attention_out_bias: whether the output projection has one.
+        sliding_window: window of the source's softmax attention in tokens, or None when it sees everything.
+        layer_types: per layer, "linear_attention" (Gated Slot Attention) or a kept softmax layer:
+            "full_attention", or "sliding_attention" with `sliding_window`. All linear when not given.
+        start: how the layers were started, "window" or "paper" (see `t2r.model.starts`).
+        num_slots: slots M of each key/value head.
+        num_sinks: window start: slots that keep the first tokens for ever.
+        gate_write_logit: window start: the scheduled slot's gate is `sigmoid(-gate_write_logit)` at the start.
+        gate_keep_logit: window start: the other slots' gates are `sigmoid(gate_keep_logit)` at the start.
+        gate_logit_normalizer: paper start: the temperature τ of the gates, `sigmoid(x) ** (1 / τ)`.
+
+    The remaining arguments are those of `transformers.LlamaConfig`.
+
+    Raises:
+        ValueError: slots do not exceed sinks, heads do not divide, or a layer type is not supported.
+    """
+
+    model_type = "t2r"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    attention_dropout: float | int | None = 0.0
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+
+    layer_types: list[str] | None = None
+    start: str = "window"
+    num_slots: int = 64
+    num_sinks: int = 4
+    gate_write_logit: float = 7.0
+    gate_keep_logit: float = 12.0
+    gate_logit_normalizer: float = 8.0
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = [LINEAR_ATTENTION] * self.num_hidden_layers
+        self._check()
+        super().__post_init__(**kwargs)
+
+    @property
+    def softmax_type(self) -> str:
+        """The layer type of the source's own attention."""
+        return "full_attention" if self.sliding_window is None else "sliding_attention"
+
+    def state_elements(self) -> int:
+        """Numbers in the recurrent state of one sequence, over all Gated Slot Attention layers (each is fp32)."""
+        layers = self.layer_types.count(LINEAR_ATTENTION)
+        return layers * self.num_key_value_heads * self.num_slots * 2 * self.head_dim
+
+    def kv_cache_elements(self, num_tokens: int) -> int:
+        """Numbers in the key/value cache of the kept softmax layers after `num_tokens` tokens of one sequence."""
+        layers = len(self.layer_types) - self.layer_types.count(LINEAR_ATTENTION)
+        held = num_tokens if self.sliding_window is None else min(num_tokens, self.sliding_window)
+        return layers * self.num_key_value_heads * held * 2 * self.head_dim
+
+    def _check(self) -> None:
+        if self.start not in ("window", "paper"):
+            raise ValueError(f"start must be 'window' or 'paper', got {self.start!r}")
+        if self.num_slots < 1:
+            raise ValueError(f"num_slots must be at least 1, got {self.num_slots}")
+        if self.start == "window" and not 0 <= self.num_sinks < self.num_slots:
+            raise ValueError(
+                f"num_sinks must be at least 0 and below num_slots, got num_sinks={self.num_sinks}, "
+                f"num_slots={self.num_slots}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        unknown = sorted(set(self.layer_types) - {LINEAR_ATTENTION, *SOFTMAX_ATTENTION})
+        if unknown:
+            raise ValueError(f"layer_types: {', '.join(unknown)} not supported; use linear_attention or full_attention")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}"
+            )
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention layers, but sliding_window is not set")

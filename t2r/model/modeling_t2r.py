@@ -1,0 +1,342 @@
+"""The T2R network: a Llama-like decoder whose attention is Gated Slot Attention, softmax, or either on demand."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from t2r_kernels import gsa, gsa_step
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache import T2RCache
+from .configuration_t2r import LINEAR_ATTENTION, T2RConfig
+from .positions import Positions
+from .starts import STARTS, log_gate
+
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+
+class GateProjection(nn.Linear):
+    """The forget gates' projection: a class of its own so that initialisation knows it."""
+
+
+class T2RAttention(nn.Module):
+    """One attention layer: the source's projections, read by Gated Slot Attention or by softmax attention.
+
+    A converted layer (`linear_attention`) also has a gate projection `f_proj`, and can be switched to the softmax
+    attention that it came from by setting `kind`.
+    """
+
+    def __init__(self, config: T2RConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.kind = config.layer_types[layer_idx]
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.is_causal = True
+        D, HQ, H = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(config.hidden_size, HQ * D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, H * D, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, H * D, bias=config.attention_bias)
+        self.o_proj = nn.Linear(HQ * D, config.hidden_size, bias=config.attention_out_bias)
+        if self.kind == LINEAR_ATTENTION:
+            self.start = STARTS[config.start]
+            self.f_proj = GateProjection(config.hidden_size, H * config.num_slots, bias=self.start.gate_bias)
+            if self.start.output_norm:
+                self.g_norm = LlamaRMSNorm(HQ * D, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [B, T, hidden]
+        positions: Positions,
+        rope: tuple[Tensor, Tensor],  # cos and sin, [B, T, D]
+        attention_mask: Tensor | None,  # of this layer's kind, for softmax
+        past_key_values: T2RCache | None,
+        **kwargs,
+    ) -> Tensor:
+        """Attend. Returns `[B, T, hidden]`."""
+        B, T, _ = hidden_states.shape
+        q = self.q_proj(hidden_states).view(B, T, -1, self.head_dim)  # [B, T, HQ, D]
+        k = self.k_proj(hidden_states).view(B, T, -1, self.head_dim)  # [B, T, H, D]
+        v = self.v_proj(hidden_states).view(B, T, -1, self.head_dim)  # [B, T, H, D]
+        if self.kind == LINEAR_ATTENTION:
+            o = self._slots(hidden_states, q, k, v, positions, rope, past_key_values)
+        else:
+            o = self._softmax(q, k, v, rope, attention_mask, past_key_values, **kwargs)
+        return self.o_proj(o)
+
+    def _slots(self, hidden_states, q, k, v, positions, rope, past_key_values) -> Tensor:
+        start, config = self.start, self.config
+        if start.rope:
+            q, k = apply_rotary_pos_emb(q, k, *rope, unsqueeze_dim=2)
+        if start.swish:
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        logits = self.f_proj(hidden_states).unflatten(-1, (-1, config.num_slots))  # [B, T, H, M]
+        g = log_gate(logits, positions.ids, config)  # [B, T, H, M]
+        if positions.padding is not None:
+            g = g.masked_fill(positions.padding[..., None, None], 0.0)  # keeps everything, writes nothing
+        options = {
+            "scale": start.scale,
+            "hide_unwritten": start.hide_unwritten,
+            "position_offset": positions.offset,
+        }
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        state = None if layer is None else layer.state
+        if state is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
+            o, state = gsa_step(q, k, v, g, state, **options)
+        else:
+            o, state = gsa(
+                q, k, v, g,
+                initial_state=state, output_final_state=layer is not None, cu_seqlens=positions.cu_seqlens, **options,
+            )  # fmt: skip
+        if layer is not None:
+            layer.update(*state, num_tokens=q.shape[1])
+        o = o.flatten(2)  # [B, T, HQ * D]
+        if start.swish:
+            o = F.silu(o)
+        return self.g_norm(o) if start.output_norm else o
+
+    def _softmax(self, q, k, v, rope, attention_mask, past_key_values, **kwargs) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H(Q), T, D]
+        q, k = apply_rotary_pos_emb(q, k, *rope)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        o, _ = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.head_dim**-0.5,
+            sliding_window=self.config.sliding_window if self.kind == "sliding_attention" else None,
+            **kwargs,
+        )
+        return o.flatten(2)  # [B, T, HQ * D]
+
+
+class T2RDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each behind a norm and added to what came in."""
+
+    def __init__(self, config: T2RConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = T2RAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        """`[B, T, hidden]` to `[B, T, hidden]`."""
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class T2RPreTrainedModel(PreTrainedModel):
+    """What T2R models share: initialisation, and the switch back to softmax attention."""
+
+    config_class = T2RConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["T2RDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": T2RDecoderLayer}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GateProjection):
+            init.normal_(module.weight, std=STARTS[self.config.start].gate_std)
+
+    @contextmanager
+    def softmax_attention(self) -> Iterator[None]:
+        """Within the context every converted layer is the softmax attention that it came from.
+
+        The projections are the student's own: with adapters off and the base frozen, this is the teacher.
+        """
+        converted = [m for m in self.modules() if isinstance(m, T2RAttention) and m.kind == LINEAR_ATTENTION]
+        for attention in converted:
+            attention.kind = self.config.softmax_type
+        try:
+            yield
+        finally:
+            for attention in converted:
+                attention.kind = LINEAR_ATTENTION
+
+
+class T2RModel(T2RPreTrainedModel):
+    """Embeddings, decoder layers and the final norm."""
+
+    def __init__(self, config: T2RConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(T2RDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """What each layer does now: its layer type, or softmax within `softmax_attention()`."""
+        return [layer.self_attn.kind for layer in self.layers]
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: T2RCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: `[B, T]`, or `inputs_embeds`, `[B, T, hidden]`.
+            attention_mask: `[B, past + T]`, 0 where padded.
+            position_ids: `[B, T]`, position of each token in its own document.
+            past_key_values: what earlier tokens left.
+            inputs_embeds: in place of `input_ids`.
+            use_cache: return a cache (never for packed documents).
+            cu_seqlens: `[N + 1]`, bounds of packed documents (B = 1); found from restarting `position_ids`
+                when not given.
+
+        Raises:
+            ValueError: the arguments contradict each other, or the cache is not a `T2RCache` for these layers.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        self._check_cache(past_key_values)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        positions = Positions.resolve(hidden_states, attention_mask, position_ids, cu_seqlens, past)
+        if use_cache and past_key_values is None and positions.cu_seqlens is None:
+            past_key_values = T2RCache(self.config, self.layer_kinds)
+        masks = self._softmax_masks(hidden_states, attention_mask, positions, past_key_values)
+        rope = self.rotary_emb(hidden_states, position_ids=positions.ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                positions=positions,
+                rope=rope,
+                attention_mask=masks.get(layer.self_attn.kind),
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _softmax_masks(self, inputs_embeds, attention_mask, positions, past_key_values) -> dict[str, Tensor | None]:
+        return {
+            kind: MASKS[kind](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=positions.ids,
+            )
+            for kind in set(self.layer_kinds) - {LINEAR_ATTENTION}
+        }
+
+    def _check_cache(self, cache) -> None:
+        if cache is not None and getattr(cache, "layer_types", None) != self.layer_kinds:
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__} that does not fit these layers; pass none, or a T2RCache"
+            )
+
+
+class T2RForCausalLM(T2RPreTrainedModel, GenerationMixin):
+    """A T2R model with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: T2RConfig):
+        super().__init__(config)
+        self.model = T2RModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: T2RCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Predict next tokens. Arguments as `T2RModel.forward`, and:
+
+        Args:
+            labels: `[B, T]` token ids, -100 where there is nothing to learn; shifted here.
+            logits_to_keep: logits of this many last positions only (0 for all), or of the positions named.
+            skip_logits: compute no logits; `hidden_states` then holds the last hidden state alone, for losses
+                that go through the vocabulary in pieces.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state  # [B, T, hidden]
+        if skip_logits:
+            return CausalLMOutputWithPast(past_key_values=outputs.past_key_values, hidden_states=(hidden_states,))
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, keep])  # [B, T', vocab]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:  # noqa: ARG002
+        """Give `generate` our cache: transformers' own has no layer for slots that counts tokens."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is not supported: "
+                "a T2R model's state has a constant size already; leave it unset"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = T2RCache(self.config, self.model.layer_kinds)
+
+
+__all__ = ["T2RConfig", "T2RForCausalLM", "T2RModel", "T2RPreTrainedModel"]

@@ -1,0 +1,110 @@
+"""Ways to start a Gated Slot Attention layer: what surrounds the operator, and the gates.
+
+`window`: each token takes over one slot of a fixed schedule and everything else is kept, so that a layer begins as
+softmax attention over the first `num_sinks` tokens and the last `num_slots - num_sinks`. `paper`: as published
+(arXiv 2409.07146, section 3.3): Swish on q, k and v, gates from a tempered sigmoid, a norm on the output.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .configuration_t2r import T2RConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """What surrounds the operator.
+
+    Attributes:
+        rope: rotate q and k by position.
+        swish: Swish on q, k, v and on the output.
+        scale: factor on the slot logits; None for `head_dim ** -0.5`.
+        hide_unwritten: keep slots out of the softmax until their first token has come.
+        gate_bias: whether the gate projection has a bias.
+        gate_std: standard deviation of the gate projection's weight at the start.
+        output_norm: RMSNorm before the output projection.
+    """
+
+    rope: bool
+    swish: bool
+    scale: float | None
+    hide_unwritten: bool
+    gate_bias: bool
+    gate_std: float
+    output_norm: bool
+
+
+STARTS = {
+    "window": Start(
+        rope=True,
+        swish=False,
+        scale=None,
+        hide_unwritten=True,
+        gate_bias=True,
+        gate_std=0.0,
+        output_norm=False,
+    ),
+    "paper": Start(
+        rope=False,
+        swish=True,
+        scale=1.0,
+        hide_unwritten=False,
+        gate_bias=False,
+        gate_std=0.02,
+        output_norm=True,
+    ),
+}
+
+
+def new_parameters(config: T2RConfig) -> dict[str, tuple[tuple[int, ...], float, float]]:
+    """Parameters that a Gated Slot Attention layer has and its source has not.
+
+    Returns:
+        For each name below `self_attn`: its shape, and the mean and standard deviation it starts with.
+    """
+    start = STARTS[config.start]
+    gates = config.num_key_value_heads * config.num_slots
+    parameters = {"f_proj.weight": ((gates, config.hidden_size), 0.0, start.gate_std)}
+    if start.gate_bias:
+        parameters["f_proj.bias"] = ((gates,), 0.0, 0.0)
+    if start.output_norm:
+        parameters["g_norm.weight"] = ((config.num_attention_heads * config.head_dim,), 1.0, 0.0)
+    return parameters
+
+
+def window_schedule(position: Tensor, num_slots: int, num_sinks: int) -> Tensor:
+    """The slot that the token at each position takes over: the sinks once, then the others in a ring.
+
+    Args:
+        position: position of each token in its own document, any integer shape.
+        num_slots: slots in all.
+        num_sinks: slots outside the ring.
+
+    Returns:
+        int32, `position`'s shape.
+    """
+    ring = num_sinks + (position - num_sinks) % (num_slots - num_sinks)
+    return torch.where(position < num_sinks, position, ring).to(torch.int32)
+
+
+def log_gate(logits: Tensor, position: Tensor, config: T2RConfig) -> Tensor:
+    """Log forget gates from the gate projection's output.
+
+    Args:
+        logits: `[B, T, H, M]`.
+        position: position of each token in its own document, `[B, T]`. Only the window start reads it.
+        config: the model's configuration.
+
+    Returns:
+        `[B, T, H, M]`, fp32, at most 0.
+    """
+    logits = logits.float()
+    if config.start == "paper":
+        return F.logsigmoid(logits) / config.gate_logit_normalizer
+    slot = window_schedule(position, config.num_slots, config.num_sinks)  # [B, T]
+    scheduled = torch.arange(config.num_slots, device=slot.device) == slot[..., None]  # [B, T, M]
+    base = torch.where(scheduled, -config.gate_write_logit, config.gate_keep_logit)  # [B, T, M]
+    return F.logsigmoid(logits + base.unsqueeze(2))

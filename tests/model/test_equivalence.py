@@ -1,0 +1,155 @@
+"""The model against its teacher, and against itself computed in other ways."""
+
+import pytest
+import torch
+
+from t2r.model import T2RCache
+from tests.model.tiny import shake, sliding_teacher, student, teacher, tokens
+
+LAYERS = {
+    "all slots": None,
+    "mixed": ["linear_attention", "full_attention", "linear_attention"],
+    "all softmax": ["full_attention"] * 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=LAYERS)
+def model(request):
+    return shake(student(layer_types=LAYERS[request.param]))
+
+
+def close(a, b, tolerance=2e-4):
+    assert (a - b).abs().max().item() <= tolerance
+
+
+def masked_teacher(source, x, num_slots, num_sinks):
+    """Softmax attention masked to the sinks and the last tokens that the ring holds."""
+    T = x.shape[1]
+    query, key = torch.arange(T)[:, None], torch.arange(T)
+    seen = (key <= query) & ((key < num_sinks) | (key > query - (num_slots - num_sinks)))
+    mask = torch.where(seen, 0.0, float("-inf"))[None, None].expand(len(x), 1, T, T)
+    return source(x, attention_mask=mask).logits
+
+
+def test_exact_window_start_is_the_teacher_up_to_num_slots():
+    source, x = teacher(), tokens(2, 16)
+    close(student(source, exact=True)(x).logits, source(x).logits, 1e-4)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 2, 15])
+def test_exact_window_start_is_masked_softmax_beyond(num_sinks):
+    source, x = teacher(), tokens(2, 60)
+    expected = masked_teacher(source, x, 16, num_sinks)
+    close(student(source, exact=True, num_sinks=num_sinks)(x).logits, expected, 1e-4)
+    assert (expected - source(x).logits).abs().max() > 0.1
+
+
+def test_default_gates_start_near_the_exact_ones():
+    x = tokens(2, 60)
+    close(student()(x).logits.softmax(-1), student(exact=True)(x).logits.softmax(-1), 0.05)
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_softmax_attention_brings_the_teacher_back(layers):
+    source, x = teacher(), tokens(2, 40)
+    model = shake(student(source, layer_types=LAYERS[layers]))
+    before = model(x).logits
+    with model.softmax_attention():
+        assert torch.equal(model(x).logits, source(x).logits)
+    assert torch.equal(model(x).logits, before)
+
+
+def test_softmax_attention_ends_with_an_error_too():
+    model = student()
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"), model.softmax_attention():
+        model()
+    assert set(model.model.layer_kinds) == {"linear_attention"}
+
+
+def test_sliding_window_teacher():
+    source, x = sliding_teacher(window=12), tokens(2, 40)
+    types = ["linear_attention", "sliding_attention", "linear_attention"]
+    model = student(source, exact=True, layer_types=types, sliding_window=12, num_slots=12, num_sinks=0)
+    close(model(x).logits, source(x).logits, 1e-4)
+    with model.softmax_attention():
+        close(model(x).logits, source(x).logits, 1e-5)
+    stepwise, _ = in_pieces(model, x, [20] + [1] * 20)
+    close(stepwise, model(x).logits)
+
+
+def in_pieces(model, x, lengths, **kwargs):
+    cache, logits, start = None, [], 0
+    for length in lengths:
+        out = model(x[:, start : start + length], past_key_values=cache, use_cache=True, **kwargs)
+        cache = out.past_key_values
+        logits.append(out.logits)
+        start += length
+    return torch.cat(logits, 1), cache
+
+
+@pytest.mark.parametrize("lengths", [[40], [1] * 40, [17, 1, 1, 20, 1], [39, 1]])
+def test_cached_in_pieces_is_whole(model, lengths):
+    x = tokens(2, 40)
+    pieces, cache = in_pieces(model, x, lengths)
+    close(pieces, model(x, use_cache=False).logits)
+    assert cache.get_seq_length() == 40
+
+
+def test_state_does_not_grow():
+    model = student()
+    sizes = {in_pieces(model, tokens(1, n), [n])[1].state_bytes() for n in (1, 5, 100)}
+    assert sizes == {4 * model.config.state_elements()}
+
+
+def test_left_padding_is_none(model):
+    x = tokens(2, 30)
+    padded = torch.cat([torch.zeros(2, 9, dtype=torch.long), x], 1)
+    mask = (torch.arange(39) >= 9).long().expand(2, -1)
+    close(model(padded, attention_mask=mask).logits[:, 9:], model(x).logits)
+
+
+def test_right_padding_is_none(model):
+    x = tokens(2, 30)
+    padded = torch.cat([x, torch.zeros(2, 9, dtype=torch.long)], 1)
+    mask = (torch.arange(39) < 30).long().expand(2, -1)
+    close(model(padded, attention_mask=mask).logits[:, :30], model(x).logits)
+
+
+@pytest.mark.parametrize("how", ["cu_seqlens", "position_ids"])
+def test_packed_is_each_document_alone(model, how):
+    documents = [tokens(1, n, seed=n) for n in (13, 1, 27)]
+    packed = torch.cat(documents, 1)
+    where = {
+        "cu_seqlens": torch.tensor([0, 13, 14, 41]),
+        "position_ids": torch.cat([torch.arange(d.shape[1]) for d in documents])[None],
+    }[how]
+    alone = torch.cat([model(d).logits for d in documents], 1)
+    close(model(packed, **{how: where}).logits, alone)
+    with model.softmax_attention():
+        alone = torch.cat([model(d).logits for d in documents], 1)
+        close(model(packed, **{how: where}).logits, alone)
+
+
+def test_bad_inputs_are_named():
+    model, x = student(), tokens(2, 8)
+    with pytest.raises(ValueError, match="packed documents come as one row"):
+        model(x, cu_seqlens=torch.tensor([0, 8]))
+    with pytest.raises(ValueError, match="restart within several rows"):
+        model(x, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * 2))
+    with pytest.raises(ValueError, match=r"attention_mask must be \[batch, tokens\]"):
+        model(x, attention_mask=torch.ones(2, 1, 8, 8))
+    with model.softmax_attention(), pytest.raises(ValueError, match="does not fit these layers"):
+        model(x, past_key_values=T2RCache(model.config))
+
+
+def test_cached_teacher(model):
+    x = tokens(2, 20)
+    with model.softmax_attention():
+        pieces, _ = in_pieces(model, x, [12, 1, 7])
+        close(pieces, model(x).logits)
