@@ -1,0 +1,82 @@
+"""Convert pretrained softmax Transformers into T2R models: plan from headers, then write one shard at a time."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from t2r.model.configuration_t2r import T2RConfig
+from t2r_conversion.families import FAMILIES, Family
+from t2r_conversion.plan import Plan, PlannedTensor, plan_conversion
+from t2r_conversion.report import render
+from t2r_conversion.source import Source, SourceTensor, open_source, read_source
+from t2r_conversion.writer import Progress, check_output, check_space, write
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Plan",
+    "PlannedTensor",
+    "Source",
+    "SourceTensor",
+    "convert",
+    "open_source",
+    "plan_conversion",
+    "read_source",
+    "render",
+    "write",
+]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    start: str = "window",
+    num_slots: int = 64,
+    num_sinks: int = 4,
+    keep_softmax: Iterable[int] = (),
+    gate_write: float = T2RConfig.gate_write_logit,
+    gate_keep: float = T2RConfig.gate_keep_logit,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Convert a model.
+
+    Args:
+        source: a local Hugging Face folder, a Hub id, or a `.gguf` file.
+        out: folder to write.
+        start: see `plan_conversion`, as for the next five.
+        num_slots: see `plan_conversion`.
+        num_sinks: see `plan_conversion`.
+        keep_softmax: see `plan_conversion`.
+        gate_write: see `plan_conversion`.
+        gate_keep: see `plan_conversion`.
+        overwrite: replace the model that is at `out`.
+        dry_run: plan only; nothing is written, and no weights are downloaded or unpacked.
+        progress: called with the bytes done and in all after each shard.
+
+    Returns:
+        The plan that was, or would be, carried out.
+
+    Raises:
+        ValueError: see `read_source`, `plan_conversion` and `write`.
+    """
+    options = {
+        "start": start,
+        "num_slots": num_slots,
+        "num_sinks": num_sinks,
+        "keep_softmax": tuple(keep_softmax),
+        "gate_write": gate_write,
+        "gate_keep": gate_keep,
+    }
+    out = Path(out).absolute()
+    headers = read_source(source)
+    plan = plan_conversion(headers, **options)
+    if dry_run:
+        return plan
+    check_output(out, headers.folder, overwrite)
+    check_space(out, sum(tensor.bytes for tensor in plan.having("copied", "new")))
+    with open_source(headers, scratch=out.with_name(f".{out.name}.unpacked")) as opened:
+        plan = plan_conversion(opened, **options)
+        write(plan, out, overwrite=overwrite, progress=progress)
+    return plan

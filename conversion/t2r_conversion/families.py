@@ -1,0 +1,189 @@
+"""The source families, as data: which configuration fields and tensors a checkpoint has.
+
+Source tensor names are kept in the converted model, so a family needs no table of renames. To add a family, add
+an entry to `FAMILIES`; its tensors' shapes are spelled in the symbols of `_sizes`, its optional ones in the
+conditions of `_conditions`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any, NamedTuple
+
+from t2r.model.configuration_t2r import T2RConfig
+
+
+class TensorRow(NamedTuple):
+    """A tensor name (`{layer}` stands for each layer's number), its symbolic shape, and when it is there."""
+
+    name: str
+    shape: tuple[str, ...]
+    when: str = "always"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the converter knows about one kind of source model.
+
+    Attributes:
+        model_type: the source's `model_type`.
+        architectures: classes whose checkpoints can be converted.
+        config_fields: for each source configuration field, the `T2RConfig` fields it sets.
+        fixed: `T2RConfig` fields that every model of the family has in common.
+        tensors: the tensors that are kept.
+        dropped: patterns of names that are known and not kept; a row of `tensors` goes first.
+        gguf_architecture: the name of the family in GGUF files.
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    config_fields: Mapping[str, tuple[str, ...]]
+    tensors: tuple[TensorRow, ...]
+    dropped: tuple[str, ...]
+    gguf_architecture: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def config_values(self, source_config: Any) -> dict[str, Any]:
+        """The `T2RConfig` arguments that follow from the source's configuration."""
+        values = dict(self.fixed)
+        for name, targets in self.config_fields.items():
+            values.update(dict.fromkeys(targets, getattr(source_config, name)))
+        return values
+
+    def expected_tensors(self, config: T2RConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every source tensor that a model of this configuration keeps."""
+        sizes, conditions = _sizes(config), _conditions(config)
+        expected = {}
+        for row in self.tensors:
+            if not conditions[row.when]:
+                continue
+            layers = range(config.num_hidden_layers) if "{layer}" in row.name else [0]
+            shape = tuple(sizes[symbol] for symbol in row.shape)
+            expected.update({row.name.format(layer=layer): shape for layer in layers})
+        return expected
+
+    def drops(self, name: str) -> bool:
+        """Whether a tensor that is not expected is known and left out."""
+        return any(fnmatch(name, pattern) for pattern in self.dropped)
+
+
+def _sizes(config: T2RConfig) -> dict[str, int]:
+    return {
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "query": config.num_attention_heads * config.head_dim,
+        "key_value": config.num_key_value_heads * config.head_dim,
+    }
+
+
+def _conditions(config: T2RConfig) -> dict[str, bool]:
+    return {
+        "always": True,
+        "untied": not config.tie_word_embeddings,
+        "attention_bias": config.attention_bias,
+        "attention_out_bias": config.attention_out_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+
+
+COMMON_FIELDS = {
+    name: (name,)
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "use_cache",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "attention_dropout",
+    )
+}
+
+_LAYER = "model.layers.{layer}."
+
+LLAMA_TENSORS = (
+    TensorRow("model.embed_tokens.weight", ("vocab", "hidden")),
+    TensorRow(_LAYER + "input_layernorm.weight", ("hidden",)),
+    TensorRow(_LAYER + "self_attn.q_proj.weight", ("query", "hidden")),
+    TensorRow(_LAYER + "self_attn.q_proj.bias", ("query",), "attention_bias"),
+    TensorRow(_LAYER + "self_attn.k_proj.weight", ("key_value", "hidden")),
+    TensorRow(_LAYER + "self_attn.k_proj.bias", ("key_value",), "attention_bias"),
+    TensorRow(_LAYER + "self_attn.v_proj.weight", ("key_value", "hidden")),
+    TensorRow(_LAYER + "self_attn.v_proj.bias", ("key_value",), "attention_bias"),
+    TensorRow(_LAYER + "self_attn.o_proj.weight", ("hidden", "query")),
+    TensorRow(_LAYER + "self_attn.o_proj.bias", ("hidden",), "attention_out_bias"),
+    TensorRow(_LAYER + "post_attention_layernorm.weight", ("hidden",)),
+    TensorRow(_LAYER + "mlp.gate_proj.weight", ("intermediate", "hidden")),
+    TensorRow(_LAYER + "mlp.gate_proj.bias", ("intermediate",), "mlp_bias"),
+    TensorRow(_LAYER + "mlp.up_proj.weight", ("intermediate", "hidden")),
+    TensorRow(_LAYER + "mlp.up_proj.bias", ("intermediate",), "mlp_bias"),
+    TensorRow(_LAYER + "mlp.down_proj.weight", ("hidden", "intermediate")),
+    TensorRow(_LAYER + "mlp.down_proj.bias", ("hidden",), "mlp_bias"),
+    TensorRow("model.norm.weight", ("hidden",)),
+    TensorRow("lm_head.weight", ("vocab", "hidden"), "untied"),
+)
+
+# Old checkpoints hold the rotary frequencies as buffers; a tied head is the embedding a second time.
+LLAMA_DROPPED = ("*.rotary_emb.inv_freq", "lm_head.weight")
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family(
+            model_type="llama",
+            architectures=("LlamaForCausalLM",),
+            config_fields={
+                **COMMON_FIELDS,
+                "attention_bias": ("attention_bias", "attention_out_bias"),
+                "mlp_bias": ("mlp_bias",),
+            },
+            tensors=LLAMA_TENSORS,
+            dropped=LLAMA_DROPPED,
+            gguf_architecture="llama",
+        ),
+        Family(
+            model_type="mistral",
+            architectures=("MistralForCausalLM",),
+            config_fields={**COMMON_FIELDS, "sliding_window": ("sliding_window",)},
+            fixed={"attention_bias": False, "attention_out_bias": False, "mlp_bias": False},
+            tensors=LLAMA_TENSORS,
+            dropped=LLAMA_DROPPED,
+            gguf_architecture="llama",
+        ),
+    )
+}
+
+
+def family_of(model_type: str | None, architectures: list[str] | None, where: str) -> Family:
+    """The family of a checkpoint.
+
+    Args:
+        model_type: `model_type` of its configuration.
+        architectures: `architectures` of its configuration; None or empty passes.
+        where: what to name in an error.
+
+    Raises:
+        ValueError: the family is not supported, or the checkpoint is not of a causal language model.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"{where}: model_type {model_type!r} is not supported; supported families: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[model_type]
+    if architectures and not set(architectures) & set(family.architectures):
+        raise ValueError(
+            f"{where}: architectures is {architectures}; convert a checkpoint of {' or '.join(family.architectures)}"
+        )
+    return family

@@ -1,0 +1,228 @@
+"""What a conversion will do, worked out from headers alone: no tensor is read."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from copy import copy
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from t2r.model.configuration_t2r import LINEAR_ATTENTION, T2RConfig
+from t2r.model.starts import new_parameters
+from t2r_conversion.source import Source, SourceTensor
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CACHE_LENGTHS = (2048, 32768)
+STATE_BYTES = torch.float32.itemsize
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the source or of the converted model.
+
+    Attributes:
+        name: its name.
+        action: "copied", "new" or "dropped".
+        shape: its shape.
+        dtype: its dtype as safetensors spells it.
+        parameters: number of elements.
+        bytes: size in bytes.
+        shard: the source file that holds it; None for a new one.
+        mean: of a new tensor's values.
+        std: of a new tensor's values.
+    """
+
+    name: str
+    action: str
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+    bytes: int
+    shard: str | None
+    mean: float = 0.0
+    std: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion: the source, the configuration to write, and what becomes of each tensor."""
+
+    source: Source
+    config: T2RConfig
+    dtype: torch.dtype
+    tensors: tuple[PlannedTensor, ...]
+
+    def having(self, *actions: str) -> list[PlannedTensor]:
+        """The tensors with one of these actions."""
+        return [tensor for tensor in self.tensors if tensor.action in actions]
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Tensors, parameters and bytes of each action."""
+        return {
+            action: {
+                "tensors": len(chosen),
+                "parameters": sum(tensor.parameters for tensor in chosen),
+                "bytes": sum(tensor.bytes for tensor in chosen),
+            }
+            for action in ("copied", "new", "dropped")
+            for chosen in [self.having(action)]
+        }
+
+    def memory(self) -> list[dict[str, int]]:
+        """Bytes that one sequence holds after so many tokens: the converted model's, and the source's KV cache.
+
+        The recurrent state is fp32; key/value caches are in the source's dtype.
+        """
+        state = self.config.state_elements() * STATE_BYTES
+        source = _all_softmax(self.config)
+        rows = []
+        for tokens in CACHE_LENGTHS:
+            kept = self.config.kv_cache_elements(tokens) * self.dtype.itemsize
+            cache = source.kv_cache_elements(tokens) * self.dtype.itemsize
+            rows.append({"tokens": tokens, "state": state, "kept_cache": kept, "source_cache": cache})
+        return rows
+
+    def summary(self) -> dict[str, Any]:
+        """The plan without its list of tensors, ready for JSON."""
+        config = self.config
+        softmax = [layer for layer, kind in enumerate(config.layer_types) if kind != LINEAR_ATTENTION]
+        return {
+            "source": self.source.name,
+            "family": self.source.family.model_type,
+            "start": config.start,
+            "num_slots": config.num_slots,
+            "num_sinks": config.num_sinks,
+            "gate_write_logit": config.gate_write_logit,
+            "gate_keep_logit": config.gate_keep_logit,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "layer_types": dict(Counter(config.layer_types)),
+            "keep_softmax": softmax,
+            "totals": self.totals(),
+            "memory": self.memory(),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole plan, ready for JSON."""
+        return self.summary() | {"tensors": [asdict(tensor) for tensor in self.tensors]}
+
+
+def plan_conversion(
+    source: Source,
+    *,
+    start: str = "window",
+    num_slots: int = 64,
+    num_sinks: int = 4,
+    keep_softmax: Iterable[int] = (),
+    gate_write: float = T2RConfig.gate_write_logit,
+    gate_keep: float = T2RConfig.gate_keep_logit,
+) -> Plan:
+    """Plan the conversion of a model.
+
+    Args:
+        source: from `read_source` or `open_source`.
+        start: "window" or "paper".
+        num_slots: slots of each key/value head.
+        num_sinks: window start: slots that keep the first tokens.
+        keep_softmax: numbers of the layers that stay softmax attention.
+        gate_write: window start: `T2RConfig.gate_write_logit`.
+        gate_keep: window start: `T2RConfig.gate_keep_logit`.
+
+    Raises:
+        ValueError: an argument is out of range, or tensors are missing, unexpected, or of a wrong shape or dtype
+            (all of them are named).
+    """
+    _warn_without_effect(start, num_sinks=num_sinks, gate_write_logit=gate_write, gate_keep_logit=gate_keep)
+    values = source.family.config_values(source.config)
+    config = T2RConfig(
+        **values,
+        start=start,
+        num_slots=num_slots,
+        num_sinks=num_sinks,
+        gate_write_logit=gate_write,
+        gate_keep_logit=gate_keep,
+    )
+    config.layer_types = _layer_types(config, keep_softmax)
+    _check_tensors(source, config)
+    kept = _source_tensors(source, config)
+    dtype = _main_dtype(kept)
+    config.architectures = ["T2RForCausalLM"]
+    config.dtype = DTYPES[dtype]
+    return Plan(source, config, DTYPES[dtype], (*kept, *_new_tensors(config, dtype)))
+
+
+def _warn_without_effect(start: str, **settings: float) -> None:
+    changed = [name for name, value in settings.items() if value != getattr(T2RConfig, name)]
+    if start == "paper" and changed:
+        warnings.warn(f"no effect with start 'paper': {', '.join(changed)}", stacklevel=3)
+
+
+def _layer_types(config: T2RConfig, keep_softmax: Iterable[int]) -> list[str]:
+    kept, layers = set(keep_softmax), config.num_hidden_layers
+    outside = sorted(kept - set(range(layers)))
+    if outside:
+        raise ValueError(f"keep_softmax: no layers {', '.join(map(str, outside))}; the model has 0 to {layers - 1}")
+    return [config.softmax_type if layer in kept else LINEAR_ATTENTION for layer in range(layers)]
+
+
+def _all_softmax(config: T2RConfig) -> T2RConfig:
+    twin = copy(config)
+    twin.layer_types = [config.softmax_type] * config.num_hidden_layers
+    return twin
+
+
+def _check_tensors(source: Source, config: T2RConfig) -> None:
+    expected, found = source.family.expected_tensors(config), source.tensors
+    shared = [name for name in expected if name in found]
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected and not source.family.drops(name)],
+        "of the wrong shape": [
+            f"{name} {list(found[name].shape)} instead of {list(expected[name])}"
+            for name in shared
+            if found[name].shape != expected[name]
+        ],
+        "of a dtype other than " + ", ".join(DTYPES): [
+            f"{name} {found[name].dtype}" for name in shared if found[name].dtype not in DTYPES
+        ],
+    }
+    lines = [f"{len(names)} {problem}: {', '.join(names)}" for problem, names in problems.items() if names]
+    if lines:
+        raise ValueError(
+            f"{source.folder}: tensors do not fit its config.json (is it a plain, unquantised "
+            f"{source.family.model_type} checkpoint?): {'; '.join(lines)}"
+        )
+
+
+def _source_tensors(source: Source, config: T2RConfig) -> list[PlannedTensor]:
+    expected = source.family.expected_tensors(config)
+    return [
+        _planned(name, "copied" if name in expected else "dropped", header) for name, header in source.tensors.items()
+    ]
+
+
+def _planned(name: str, action: str, header: SourceTensor) -> PlannedTensor:
+    return PlannedTensor(name, action, header.shape, header.dtype, header.parameters, header.bytes, header.shard)
+
+
+def _main_dtype(tensors: list[PlannedTensor]) -> str:
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.action == "copied":
+            sizes[tensor.dtype] += tensor.bytes
+    return sizes.most_common(1)[0][0]
+
+
+def _new_tensors(config: T2RConfig, dtype: str) -> list[PlannedTensor]:
+    itemsize = DTYPES[dtype].itemsize
+    return [
+        PlannedTensor(
+            f"model.layers.{layer}.self_attn.{name}", "new", shape, dtype, size, size * itemsize, None, mean, std
+        )
+        for layer, kind in enumerate(config.layer_types)
+        if kind == LINEAR_ATTENTION
+        for name, (shape, mean, std) in new_parameters(config).items()
+        for size in [prod(shape)]
+    ]

@@ -1,0 +1,211 @@
+"""Carry a plan out, one shard at a time, in a temporary folder that takes its name only when it is complete."""
+
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import safetensors
+import torch
+import transformers
+from safetensors.torch import save_file
+
+import t2r
+from t2r_conversion.plan import DTYPES, Plan, PlannedTensor
+from t2r_conversion.record import write_record
+from t2r_conversion.source import INDEX, SMALL_FILES
+
+SEED = 0
+COPY_BYTES = 1 << 20
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes of weights done so far and in all, after each shard."""
+
+
+def write(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> None:
+    """Write the converted model.
+
+    Untouched shards are copied as files; one with dropped tensors is copied without them; new tensors go to one more
+    shard. An error or an interruption leaves nothing behind.
+
+    Args:
+        plan: its source must come from `open_source`, which may still have to download or unpack.
+        out: folder to make.
+        overwrite: replace the model that is there, once the new one is complete.
+        progress: called after each shard.
+
+    Raises:
+        ValueError: the weights are not on this machine; `out` exists, is not a model's folder, or holds the source;
+            or the disk is too full.
+    """
+    if plan.source.kind != "folder":
+        raise ValueError(f"{plan.source.name}: only its headers were read; plan from `open_source`")
+    out = Path(out).absolute()
+    check_output(out, plan.source.folder, overwrite)
+    with made_whole(out) as partial:
+        check_space(out, _bytes_to_write(plan))
+        partial.mkdir(parents=True)
+        _write_weights(plan, partial, progress or (lambda _done, _total: None))
+        for file in small_files(plan.source.folder):
+            target = partial / file.relative_to(plan.source.folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+        (partial / "config.json").write_text(plan.config.to_json_string(), encoding="utf-8")
+        write_record(partial, {"conversion": _record(plan)})
+        for shard in partial.glob("*.safetensors"):  # safetensors makes its files private to the user
+            shutil.copymode(partial / "config.json", shard)
+
+
+def check_output(out: Path, source: Path, overwrite: bool) -> None:
+    """Refuse an output folder that may not be written.
+
+    Raises:
+        ValueError: it exists and `overwrite` is not set, it is not a model's folder, or it holds the source.
+    """
+    if not out.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{out}: exists already; choose another folder or overwrite it")
+    if not (out / "config.json").is_file():
+        raise ValueError(f"{out}: not a model's folder (no config.json), so not overwritten; choose another")
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{out}: holds the source, so not overwritten; choose another folder")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse to start on a disk that is too full.
+
+    Raises:
+        ValueError: fewer than `needed` bytes are free where `out` will be.
+    """
+    folder = next(parent for parent in out.parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(f"{folder}: {needed:,} bytes needed, {free:,} free; make room or choose another disk")
+
+
+def small_files(folder: Path) -> list[Path]:
+    """The files that come along beside the weights."""
+    return sorted({file for pattern in SMALL_FILES for file in folder.glob(pattern) if file.is_file()})
+
+
+@contextmanager
+def made_whole(out: Path) -> Iterator[Path]:
+    """A temporary sibling of `out` that takes its place if all goes well, and is removed if not."""
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists():  # of a run that was killed
+        shutil.rmtree(partial)
+    try:
+        yield partial
+        _replace(out, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _replace(out: Path, new: Path) -> None:
+    if not out.exists():
+        new.rename(out)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.old-", dir=out.parent) as trash:
+        old = out.rename(Path(trash) / out.name)
+        try:
+            new.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+
+
+def _bytes_to_write(plan: Plan) -> int:
+    written = ("new",) if plan.source.temporary else ("copied", "new")
+    weights = sum(tensor.bytes for tensor in plan.having(*written))
+    return weights + sum(file.stat().st_size for file in small_files(plan.source.folder))
+
+
+def _write_weights(plan: Plan, folder: Path, progress: Progress) -> None:
+    shards = sorted({tensor.shard for tensor in plan.having("copied")})
+    spoilt = {tensor.shard for tensor in plan.having("dropped")}
+    new = plan.having("new")
+    count = len(shards) + bool(new)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    targets = dict(zip([*shards, None], names, strict=False))  # new tensors have no shard of their own: None
+    done, total = 0, sum(tensor.bytes for tensor in plan.having("copied", "new"))
+    for shard in shards:
+        kept = [tensor for tensor in plan.having("copied") if tensor.shard == shard]
+        if shard in spoilt:
+            _copy_tensors(plan.source.folder / shard, folder / targets[shard], {t.name for t in kept})
+        elif plan.source.temporary:
+            shutil.move(plan.source.folder / shard, folder / targets[shard])
+        else:
+            shutil.copyfile(plan.source.folder / shard, folder / targets[shard])
+        done += sum(tensor.bytes for tensor in kept)
+        progress(done, total)
+    if new:
+        _write_new(new, folder / targets[None])
+        progress(total, total)
+    _write_index(plan, targets, folder / INDEX)
+
+
+def _copy_tensors(source: Path, target: Path, names: set[str]) -> None:
+    """Copy a safetensors file with only these tensors, as bytes: memory does not depend on its size."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        (length,) = struct.unpack("<Q", reader.read(8))
+        header = json.loads(reader.read(length))
+        spans = sorted((*header[name]["data_offsets"], name) for name in names)
+        kept, offset = {"__metadata__": {"format": "pt"}}, 0
+        for begin, end, name in spans:
+            kept[name] = header[name] | {"data_offsets": [offset, offset + end - begin]}
+            offset += end - begin
+        encoded = json.dumps(kept).encode()
+        encoded += b" " * (-len(encoded) % 8)  # safetensors keeps the data aligned
+        writer.write(struct.pack("<Q", len(encoded)) + encoded)
+        for begin, end, _ in spans:
+            reader.seek(8 + length + begin)
+            _copy_bytes(reader, writer, end - begin)
+
+
+def _copy_bytes(reader, writer, count: int) -> None:
+    while count:
+        block = reader.read(min(count, COPY_BYTES))
+        if not block:
+            raise ValueError(f"{reader.name}: ended early; download it again")
+        writer.write(block)
+        count -= len(block)
+
+
+def _write_new(tensors: list[PlannedTensor], path: Path) -> None:
+    generator = torch.Generator().manual_seed(SEED)
+    values = {
+        tensor.name: torch.empty(tensor.shape)
+        .normal_(tensor.mean, tensor.std, generator=generator)
+        .to(DTYPES[tensor.dtype])
+        for tensor in tensors
+    }
+    save_file(values, path, metadata={"format": "pt"})
+
+
+def _write_index(plan: Plan, targets: dict[str | None, str], path: Path) -> None:
+    written = plan.having("copied", "new")
+    metadata = {
+        "total_parameters": sum(tensor.parameters for tensor in written),
+        "total_size": sum(tensor.bytes for tensor in written),
+    }
+    weight_map = {tensor.name: targets[tensor.shard] for tensor in sorted(written, key=lambda t: t.name)}
+    _write_json(path, {"metadata": metadata, "weight_map": weight_map})
+
+
+def _record(plan: Plan) -> dict:
+    packages = (t2r, torch, transformers, safetensors)
+    return {
+        **plan.summary(),
+        "versions": {package.__name__: package.__version__ for package in packages},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,74 @@
+import json
+from io import StringIO
+
+import pytest
+import torch
+from rich.console import Console
+
+from t2r_conversion import plan_conversion, read_source, render
+
+from . import tiny
+
+
+@pytest.fixture
+def source(tmp_path):
+    return read_source(tiny.mistral(tmp_path / "source", dtype=torch.bfloat16, sliding_window=4096))
+
+
+def test_totals_and_memory_by_hand(source):
+    plan = plan_conversion(source, num_slots=16, num_sinks=2, keep_softmax=[2])
+    assert plan.config.layer_types == ["linear_attention", "linear_attention", "sliding_attention"]
+    gates = 2 * 16  # key/value heads x slots, in two layers
+    assert plan.totals()["new"] == {"tensors": 4, "parameters": 2 * gates * 33, "bytes": 2 * gates * 33 * 2}
+    parameters = sum(tensor.numel() for tensor in tiny.load_all(source.folder).values())
+    assert plan.totals()["copied"]["parameters"] == parameters
+    assert plan.totals()["copied"]["bytes"] == 2 * parameters
+    assert plan.totals()["dropped"] == {"tensors": 0, "parameters": 0, "bytes": 0}
+    state = 2 * (2 * 16 * 2 * 8) * 4  # layers x (heads x slots x keys and values x width) x fp32
+    token = 2 * 2 * 8 * 2  # heads x keys and values x width x bf16
+    assert plan.memory() == [
+        {"tokens": 2048, "state": state, "kept_cache": token * 2048, "source_cache": 3 * token * 2048},
+        {"tokens": 32768, "state": state, "kept_cache": token * 4096, "source_cache": 3 * token * 4096},
+    ]
+
+
+def test_plan_is_json_and_names_no_path(source):
+    plan = plan_conversion(source, num_slots=8)
+    content = json.loads(json.dumps(plan.as_dict()))
+    assert len(content["tensors"]) == len(plan.tensors)
+    assert content["source"] == "source"
+    assert str(source.folder.parent) not in json.dumps(content)
+
+
+def test_table_shows_the_totals(source):
+    plan = plan_conversion(source, num_slots=8, keep_softmax=[1])
+    text = StringIO()
+    Console(file=text, width=120).print(render(plan))
+    for total in plan.totals().values():
+        assert f"{total['parameters']:,}" in text.getvalue()
+    assert "0, 2" in text.getvalue()
+    assert "32,768" in text.getvalue()
+
+
+def test_settings_without_effect_warn(source):
+    with pytest.warns(UserWarning, match="num_sinks"):
+        plan_conversion(source, start="paper", num_sinks=2)
+
+
+def test_gate_logits_reach_the_configuration(source):
+    config = plan_conversion(source, gate_write=5.0, gate_keep=6.0).config
+    assert (config.gate_write_logit, config.gate_keep_logit) == (5.0, 6.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_slots": 4, "num_sinks": 4}, "num_sinks"),
+        ({"num_slots": 0, "start": "paper"}, "num_slots"),
+        ({"start": "mamba"}, "start"),
+        ({"keep_softmax": [0, 3, -1]}, "no layers -1, 3; the model has 0 to 2"),
+    ],
+)
+def test_bad_options(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_conversion(source, **options)

@@ -1,0 +1,58 @@
+"""Tiny source checkpoints, saved by transformers."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def llama(folder: Path, *, dtype=torch.float32, shard_size="5GB", **changes) -> Path:
+    """A random Llama in `folder`."""
+    return _save(LlamaForCausalLM, LlamaConfig(**SHAPE | changes), folder, dtype, shard_size)
+
+
+def mistral(folder: Path, *, dtype=torch.float32, shard_size="5GB", **changes) -> Path:
+    """A random Mistral in `folder`."""
+    return _save(MistralForCausalLM, MistralConfig(**SHAPE | changes), folder, dtype, shard_size)
+
+
+def _save(model_class, config, folder: Path, dtype, shard_size: str) -> Path:
+    torch.manual_seed(0)
+    model = model_class(config).to(dtype)
+    for parameter in model.parameters():  # biases start at zero, which would hide a mix-up
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "LICENSE").write_text("free")
+    (folder / "README.md").write_text("not ours")
+    (folder / "optimizer.bin").write_text("training state")
+    return folder
+
+
+def add_tensors(shard: Path, **tensors: torch.Tensor) -> None:
+    """Put more tensors into a safetensors file; `__` in a name stands for a dot."""
+    more = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file(load_file(shard) | more, shard, metadata={"format": "pt"})
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors in the safetensors files of a folder."""
+    return {name: value for shard in sorted(folder.glob("*.safetensors")) for name, value in load_file(shard).items()}
+
+
+def hashes(folder: Path) -> list[str]:
+    """Hash of each safetensors file, in order."""
+    return [hashlib.sha256(shard.read_bytes()).hexdigest() for shard in sorted(folder.glob("*.safetensors"))]
