@@ -1,0 +1,1 @@
+"""The `t2r` command. Whatever is slow to import is imported by the command that needs it, so that `-h` is quick."""

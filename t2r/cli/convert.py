@@ -1,0 +1,54 @@
+"""`t2r convert`."""
+
+from typing import Annotated
+
+import typer
+
+from t2r.cli.console import note, out, print_json, progress_bar
+from t2r.cli.options import Json, Output, Overwrite
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder, a Hub id, or a .gguf file.")],
+    output: Output,
+    start: Annotated[str, typer.Option(help="How the recurrent layers begin: window or paper.")] = "window",
+    slots: Annotated[int, typer.Option(help="Slots of each key/value head.")] = 64,
+    sinks: Annotated[int, typer.Option(help="Window start: slots that keep the first tokens.")] = 4,
+    keep_softmax: Annotated[str, typer.Option(metavar="0,8,16", help="Layers that keep softmax attention.")] = "",
+    gate_write: Annotated[
+        float | None, typer.Option(help="Window start: logit that empties the slot being written.")
+    ] = None,
+    gate_keep: Annotated[float | None, typer.Option(help="Window start: logit that keeps the other slots.")] = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Convert a softmax Transformer (Llama, Mistral) into a recurrent T2R model."""
+    import t2r_conversion
+
+    gates = {"gate_write": gate_write, "gate_keep": gate_keep}
+    with progress_bar("converting") as progress:
+        plan = t2r_conversion.convert(
+            source,
+            output,
+            start=start,
+            num_slots=slots,
+            num_sinks=sinks,
+            keep_softmax=_layers(keep_softmax),
+            **{name: value for name, value in gates.items() if value is not None},
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if json:
+        print_json(plan.as_dict())
+    else:
+        out.print(t2r_conversion.render(plan))
+    note("dry run: nothing is written" if dry_run else f"written to {output}")
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")] if text.strip() else []
+    except ValueError as error:
+        raise ValueError(f"--keep-softmax {text!r}: give layer numbers with commas between them, as 0,8,16") from error

@@ -1,0 +1,58 @@
+"""`t2r eval`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from t2r.cli.console import out, print_json, progress_bar
+from t2r.cli.options import Device, Dtype, Json, Model
+
+evaluation = typer.Typer(no_args_is_help=True, help="Measure a model.")
+
+
+@evaluation.callback()
+def _group() -> None:
+    """Measure a model."""
+
+
+@evaluation.command()
+def ppl(
+    model: Model,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="A UTF-8 text to predict.")],
+    teacher: Annotated[str | None, typer.Option(metavar="SRC", help="A model to compare with.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens in each of the non-overlapping windows.")] = 1024,
+    limit: Annotated[int | None, typer.Option(help="Windows to evaluate at most.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Perplexity on a text, by position in the window, beside a teacher's."""
+    from t2r.evaluation import (
+        cut_windows,
+        load_model,
+        load_tokenizer,
+        locate,
+        read_text,
+        render,
+        summarise,
+        window_nlls,
+    )
+
+    if teacher is not None:
+        locate(teacher)  # before the student's minutes are spent
+    windows = cut_windows(load_tokenizer(model), read_text(text), window, limit)
+
+    def evaluate(name: str, source: str):
+        loaded = load_model(source, dtype=dtype, device=device)
+        with progress_bar(name) as progress:
+            return window_nlls(loaded, windows, batch_size=batch_size, progress=progress)
+
+    # One model at a time in memory.
+    student_nlls = evaluate("student", model)
+    report = summarise(student_nlls, None if teacher is None else evaluate("teacher", teacher))
+    if json:
+        print_json(report.as_dict())
+    else:
+        out.print(render(report))
