@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from t2r_kernels import gsa, gsa_step
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -22,6 +21,8 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+
+from t2r_kernels import gsa, gsa_step
 
 from .cache import T2RCache
 from .configuration_t2r import LINEAR_ATTENTION, T2RConfig

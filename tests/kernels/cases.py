@@ -1,6 +1,7 @@
 """Seeded inputs for the operator."""
 
 import torch
+
 from t2r_kernels import SlotState
 
 GATES = {

@@ -1,11 +1,11 @@
 import logging
 
 import pytest
+import torch
+
 import t2r_kernels.api
 import t2r_kernels.chunk
-import torch
 from t2r_kernels import SlotState, gsa, gsa_step
-
 from tests.kernels.cases import GATES, assert_close, case, run
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

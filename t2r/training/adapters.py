@@ -1,0 +1,66 @@
+"""What trains: LoRA on the source's projections, and in full the parameters that conversion added."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import peft
+import torch
+from peft import PeftModel
+from torch import nn
+
+from t2r.model import T2RConfig, T2RForCausalLM, new_parameters
+from t2r.training.config import LoraConfig, OptimConfig
+
+
+def added_modules(config: T2RConfig) -> list[str]:
+    """Names of the modules that conversion added to an attention layer."""
+    return sorted({name.split(".")[0] for name in new_parameters(config)})
+
+
+def add_adapters(model: T2RForCausalLM, lora: LoraConfig) -> PeftModel:
+    """Wrap a model for training. Everything trainable is fp32.
+
+    Raises:
+        ValueError: the model has no layer to train, or no linear layer has one of the target names.
+    """
+    if "linear_attention" not in model.config.layer_types:
+        raise ValueError("the model has no Gated Slot Attention layer; convert it first: t2r convert MODEL -o OUT")
+    linear = {name.rsplit(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = sorted(set(lora.targets) - linear)
+    if unknown:
+        raise ValueError(f"lora.targets: {', '.join(unknown)} not in the model; it has {', '.join(sorted(linear))}")
+    wrapped = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.targets),
+            modules_to_save=added_modules(model.config),
+        ),
+    )
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def parameter_groups(model: PeftModel, optim: OptimConfig) -> list[dict]:
+    """Adapters and added parameters, each with its learning rate."""
+    added = added_modules(model.config)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    gates = [p for name, p in trained if any(f".{module}." in name for module in added)]
+    rest = [p for name, p in trained if not any(f".{module}." in name for module in added)]
+    return [
+        {"params": rest, "lr": optim.lr, "weight_decay": optim.weight_decay},
+        {"params": gates, "lr": optim.gate_lr, "weight_decay": 0.0},
+    ]
+
+
+@contextmanager
+def teacher(model: PeftModel) -> Iterator[T2RForCausalLM]:
+    """The teacher that the student carries in itself: frozen weights, adapters off, softmax attention."""
+    base = model.get_base_model()
+    with torch.no_grad(), model.disable_adapter(), base.softmax_attention():
+        yield base

@@ -1,0 +1,63 @@
+"""Perplexity of student and teacher before and after a finetune, on the same windows."""
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from t2r.evaluation import PerplexityReport, cut_windows, read_text, render, summarise, window_nlls
+from t2r.training.adapters import teacher
+from t2r.training.config import EvalConfig
+
+
+class Evaluator:
+    """Evaluates a student and the teacher it carries; the teacher once.
+
+    Args:
+        config: which text, and how much of it.
+        tokenizer: of both.
+        model: from `add_adapters`.
+        state: only the main process evaluates; the others wait.
+
+    Raises:
+        ValueError: the text is missing, not UTF-8, or shorter than one window.
+    """
+
+    def __init__(self, config: EvalConfig, tokenizer, model: PeftModel, state: PartialState):
+        self.config, self.model, self.state = config, model, state
+        self.windows = cut_windows(tokenizer, read_text(config.text), config.window, config.limit)
+        self.console = Console(stderr=True)
+        self.teacher_nlls: Tensor | None = None
+
+    def before(self) -> dict:
+        """The record's `evaluation` entries of the untrained student: settings, `before`, and its curve."""
+        settings = {"text": self.config.text.rsplit("/")[-1], "window": self.config.window}
+        return settings | self._report("before")
+
+    def after(self) -> dict:
+        """The record's `evaluation` entries of the trained student."""
+        return self._report("after")
+
+    def _report(self, stage: str) -> dict:
+        if not self.state.is_main_process:
+            self.state.wait_for_everyone()
+            return {}
+        if self.teacher_nlls is None:
+            with teacher(self.model) as base:
+                self.teacher_nlls = self._nlls(base, "teacher")
+        report = summarise(self._nlls(self.model, f"student, {stage}"), self.teacher_nlls)
+        self.console.print(render(report, f"Perplexity {stage} the finetune"))
+        self.state.wait_for_everyone()
+        return {stage: report.as_dict(), f"{stage}_curve": _curve(report)}
+
+    def _nlls(self, model: torch.nn.Module, label: str) -> Tensor:
+        with Progress(console=self.console, transient=True) as progress:
+            task = progress.add_task(f"evaluate {label}", total=len(self.windows))
+            return window_nlls(model, self.windows, progress=lambda done, _: progress.update(task, completed=done))
+
+
+def _curve(report: PerplexityReport) -> list[dict]:
+    """Mean negative log-likelihoods by range of positions, for plots."""
+    return [band.as_dict() for band in report.per_position]

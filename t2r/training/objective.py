@@ -1,0 +1,80 @@
+"""The loss: KL divergence from the teacher and cross-entropy with the text, a few tokens at a time."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2r.training.config import LossConfig
+
+TOKENS_AT_ONCE = 256
+
+TokenLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Loss, summed over tokens, of student logits `[n, vocab]`, targets `[n]` and teacher logits (or None)."""
+
+
+def token_loss(weights: LossConfig) -> TokenLoss:
+    """The loss that a configuration asks for."""
+    heat = weights.temperature
+
+    def loss(student: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
+        total = student.new_zeros(())
+        if weights.cross_entropy:
+            total = total + weights.cross_entropy * F.cross_entropy(student, targets, reduction="sum")
+        if weights.distill:
+            log_q, log_p = (student / heat).log_softmax(-1), (teacher / heat).log_softmax(-1)
+            kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            total = total + weights.distill * heat**2 * kl
+        return total
+
+    return loss
+
+
+def chunked_loss(
+    head: nn.Module, hidden: Tensor, labels: Tensor, teacher_hidden: Tensor | None, loss: TokenLoss
+) -> Tensor:
+    """Sum of a loss over all positions with a target, without ever holding the logits of all of them.
+
+    The gradients are computed on the way forward, chunk by chunk, so that nothing is computed twice.
+
+    Args:
+        head: the language-modelling head of both models.
+        hidden: the student's last hidden states, `[B, T, hidden]`.
+        labels: targets, `[B, T]`, unshifted, -100 for none.
+        teacher_hidden: the teacher's, like `hidden`, or None.
+        loss: of one chunk.
+
+    Returns:
+        A scalar, fp32.
+    """
+    wanted = labels[:, 1:] != -100  # [B, T - 1]
+    targets = labels[:, 1:][wanted]  # [n]
+    states = hidden[:, :-1][wanted]  # [n, hidden]
+    teacher = None if teacher_hidden is None else teacher_hidden[:, :-1][wanted]
+    trained = [p for p in head.parameters() if p.requires_grad]
+    return _ChunkedLoss.apply(head, loss, targets, teacher, states, *trained)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, head, loss, targets, teacher, states, *trained):
+        total = states.new_zeros((), dtype=torch.float32)
+        gradients = [torch.zeros_like(x) for x in (states, *trained)]
+        for start in range(0, len(states), TOKENS_AT_ONCE):
+            part = slice(start, start + TOKENS_AT_ONCE)
+            reference = None if teacher is None else head(teacher[part]).float()
+            with torch.enable_grad():
+                chunk = states[part].detach().requires_grad_()
+                value = loss(head(chunk).float(), targets[part], reference)
+            by_state, *by_parameter = torch.autograd.grad(value, [chunk, *trained])
+            gradients[0][part] = by_state
+            for gradient, more in zip(gradients[1:], by_parameter, strict=True):
+                gradient += more
+            total += value.detach()
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None, None, None, None, *(upstream * gradient for gradient in ctx.saved_tensors)

@@ -1,0 +1,206 @@
+"""Whole finetunes of a tiny model."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import t2r.training.trainer
+from t2r.training import merge, run
+from t2r.training.adapters import add_adapters, parameter_groups, teacher
+from t2r.training.config import LoraConfig, OptimConfig
+from tests.model.tiny import shake, student, tokens
+from tests.model.tiny import teacher as tiny_teacher
+from tests.training.tiny import workspace
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setenv("T2R_CACHE", str(tmp_path / "cache"))
+    return workspace(tmp_path)
+
+
+def losses(record):
+    return [entry["loss"] for entry in record["history"]]
+
+
+def test_a_run_from_beginning_to_end(config, tmp_path):
+    options = ["steps=20", f"eval.text={tmp_path / 'heldout.txt'}", "eval.window=48", "eval.limit=4"]
+    record = run(config, [*options, "loss.cross_entropy=1", "loss.distill=0"])
+    assert len(losses(record)) == 20
+    assert sum(losses(record)[-5:]) < 0.8 * sum(losses(record)[:5])
+    evaluation = record["evaluation"]
+    assert evaluation["after"]["student"] < evaluation["before"]["student"]
+    assert evaluation["after"]["teacher"] == evaluation["before"]["teacher"]
+    assert record["training"]["tokens"] == 20 * 2 * 32
+    assert record["conversion"] == {"source": "tiny"}
+    output = tmp_path / "run"
+    assert json.loads((output / "t2r_record.json").read_text()) == record
+    assert {"config.yaml", "report.md", "report.png", "adapter_model.safetensors"} <= {p.name for p in output.iterdir()}
+    assert str(tmp_path) not in (output / "t2r_record.json").read_text()
+    report = (output / "report.md").read_text()
+    assert f"| **all** | {evaluation['before']['teacher']:.2f} | {evaluation['before']['student']:.2f} |" in report
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(config, tmp_path, monkeypatch):
+    whole = run(config, ["lora.dropout=0.2"])
+    shutil.rmtree(tmp_path / "run")
+
+    def killed(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    step = t2r.training.trainer.T2RTrainer.training_step
+    calls = []
+
+    def dies_in_the_fourth(self, *args, **kwargs):
+        calls.append(1)
+        return killed() if len(calls) == 4 else step(self, *args, **kwargs)
+
+    monkeypatch.setattr(t2r.training.trainer.T2RTrainer, "training_step", dies_in_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, ["lora.dropout=0.2"])
+    monkeypatch.setattr(t2r.training.trainer.T2RTrainer, "training_step", step)
+    resumed = run(config, ["lora.dropout=0.2"], resume=True)
+    assert losses(resumed) == losses(whole)
+    assert [e["grad_norm"] for e in resumed["history"]] == [e["grad_norm"] for e in whole["history"]]
+    assert len(losses(whole)) == 6
+
+
+def test_a_finished_run_is_not_run_again(config):
+    first = run(config)
+    assert run(config, resume=True) == first
+
+
+def test_accumulation_changes_nothing(config, tmp_path):
+    whole = run(config, ["batch_size=4", f"output={tmp_path / 'a'}"])
+    pieces = run(config, ["batch_size=1", "gradient_accumulation=4", f"output={tmp_path / 'b'}"])
+    assert losses(pieces) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_two_processes_are_one_with_their_batches(config, tmp_path):
+    alone = run(config, ["batch_size=4", f"output={tmp_path / 'alone'}"])
+    # On a machine without GPUs, `--multi_gpu` starts processes that talk through gloo.
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "-m", "t2r.train", str(config)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "run" / "t2r_record.json").read_text())
+    assert together["training"]["tokens"] == alone["training"]["tokens"]
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(config, tmp_path):
+    plain = run(config, [f"output={tmp_path / 'a'}"])
+    checkpointed = run(config, ["gradient_checkpointing=true", f"output={tmp_path / 'b'}"])
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_merged_is_the_finetuned_model(config, tmp_path):
+    run(config, ["steps=10"])
+    merge(tmp_path / "run", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run").eval()
+    x = tokens(2, 30) % 25
+    with torch.no_grad():
+        expected = adapted(x).logits
+        assert (merged(x).logits - expected).abs().max() < 1e-4
+        assert (AutoModelForCausalLM.from_pretrained(tmp_path / "model")(x).logits - expected).abs().max() > 0.1
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    gates = "model.layers.0.self_attn.f_proj.weight"
+    assert merged.state_dict()[gates].abs().sum() > 0  # zero at the start
+    with pytest.raises(ValueError, match="exists already"):
+        merge(tmp_path / "run", tmp_path / "merged")
+    merge(tmp_path / "run", tmp_path / "merged", overwrite=True)
+
+
+def test_merge_needs_a_finished_run(config, tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.yaml"):
+        merge(tmp_path / "model", tmp_path / "out")
+    (tmp_path / "run").mkdir()
+    shutil.copy(config, tmp_path / "run" / "config.yaml")
+    with pytest.raises(ValueError, match="not finished"):
+        merge(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folders_are_safe(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty and no t2r train run"):
+        run(config, overwrite=True)
+    assert (tmp_path / "run" / "thesis.txt").exists()
+    (tmp_path / "run" / "thesis.txt").unlink()
+    run(config, ["steps=1"])
+    with pytest.raises(ValueError, match="--resume goes on with it, --overwrite deletes it"):
+        run(config)
+    assert len(losses(run(config, ["steps=2"], overwrite=True))) == 2
+
+
+def test_a_loss_that_is_no_number_stops(config, tmp_path):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+; lower optim.lr"):
+        run(config, ["optim.lr=1e30", "optim.max_grad_norm=1e30", "steps=20"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lora.targets=[q_prj]"], "lora.targets: q_prj not in the model; it has .*q_proj"),
+        (["eval.text=none.txt"], "no such text file"),
+        (["data.sequence_length=100000"], "less than one row"),
+        (["model=nowhere/model/at/all"], "no such folder"),
+    ],
+)
+def test_bad_settings_are_named_before_anything_is_written(config, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        run(config, overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_converted_models(config, tmp_path):
+    tiny_teacher().save_pretrained(tmp_path / "plain")
+    shutil.copy(tmp_path / "model" / "tokenizer.json", tmp_path / "plain")
+    shutil.copy(tmp_path / "model" / "tokenizer_config.json", tmp_path / "plain")
+    with pytest.raises(ValueError, match="a llama model; convert it first"):
+        run(config, [f"model={tmp_path / 'plain'}"])
+    with pytest.raises(ValueError, match="no Gated Slot Attention layer"):
+        add_adapters(student(layer_types=["full_attention"] * 3), LoraConfig())
+
+
+@pytest.mark.parametrize("start", ["window", "paper"])
+def test_the_teacher_is_the_source_whatever_the_adapters_learn(start):
+    source, x = tiny_teacher(), tokens(2, 30)
+    model = add_adapters(student(source, start=start), LoraConfig(r=4))
+    shake(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.add_(torch.randn_like(p))
+        before = model(x).logits
+        with teacher(model) as base:
+            assert torch.equal(base(x).logits, source(x).logits)
+        assert torch.equal(model(x).logits, before)
+    assert (before - source(x).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("start", ["window", "paper"])
+def test_what_trains_and_how_fast(start):
+    model = add_adapters(student(start=start), LoraConfig(r=4))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    added = {name for name in trained if "f_proj" in name or "g_norm" in name}
+    assert all("lora_" in name for name in trained - added)
+    assert len(added) == 3 * 2  # weight and bias, or weight and norm, of three layers
+    adapters, gates = parameter_groups(model, OptimConfig(lr=1.0, gate_lr=2.0, weight_decay=0.5))
+    assert (adapters["lr"], gates["lr"], gates["weight_decay"]) == (1.0, 2.0, 0.0)
+    assert len(gates["params"]) == len(added)
+    assert len(adapters["params"]) == len(trained - added)

@@ -1,0 +1,56 @@
+"""A tiny converted model with a tokenizer, and configurations to finetune it."""
+
+import json
+from pathlib import Path
+
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from t2r.training.config import TrainConfig, load_config
+from tests.model.tiny import student, teacher
+
+TEXT = "the cat sat on a mat and saw some dogs run far away from home while it rained all day long"
+WORDS = TEXT.split()
+
+
+def documents(count=40):
+    """Sentences with a rhythm to learn, of very different lengths."""
+    return [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 3 + (7 * i) % 50)) for i in range(1, count + 1)]
+
+
+def save_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator([TEXT], trainers.WordLevelTrainer(special_tokens=["<pad>", "</s>", "<unk>"]))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def workspace(folder: Path, **overrides) -> Path:
+    """A converted model, training and held-out text, and a configuration; returns the configuration's path."""
+    model = student(teacher(), **overrides)
+    model.save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    (folder / "model" / "t2r_record.json").write_text(json.dumps({"conversion": {"source": "tiny"}}))
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in documents())
+    (folder / "train.jsonl").write_text(rows)
+    (folder / "heldout.txt").write_text("\n".join(documents(12)))
+    config = {
+        "model": str(folder / "model"),
+        "output": str(folder / "run"),
+        "data": {"files": [str(folder / "train.jsonl")], "sequence_length": 32},
+        "lora": {"r": 4},
+        "optim": {"lr": 1e-2, "gate_lr": 1e-2},
+        "steps": 6,
+        "batch_size": 2,
+        "log_every": 1,
+        "save_every": 2,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder / "config.yaml"
+
+
+def tiny_config(folder: Path, *overrides: str) -> TrainConfig:
+    return load_config(folder / "config.yaml", list(overrides))
