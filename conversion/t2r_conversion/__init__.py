@@ -5,9 +5,10 @@ from pathlib import Path
 
 from t2r.model.configuration_t2r import T2RConfig
 from t2r_conversion.families import FAMILIES, Family
+from t2r_conversion.headers import SourceTensor
 from t2r_conversion.plan import Plan, PlannedTensor, plan_conversion
 from t2r_conversion.report import render
-from t2r_conversion.source import Source, SourceTensor, open_source, read_source
+from t2r_conversion.source import Source, open_source, read_source
 from t2r_conversion.writer import Progress, check_output, check_space, write
 
 __all__ = [

@@ -12,7 +12,8 @@ import torch
 
 from t2r.model.configuration_t2r import LINEAR_ATTENTION, T2RConfig
 from t2r.model.starts import new_parameters
-from t2r_conversion.source import Source, SourceTensor
+from t2r_conversion.headers import SourceTensor
+from t2r_conversion.source import Source
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CACHE_LENGTHS = (2048, 32768)

@@ -1,24 +1,19 @@
 """Where a model comes from: its configuration, and its tensors' names, shapes and dtypes. No tensor is read."""
 
-import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from tempfile import mkdtemp
 
 from huggingface_hub import get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from t2r_conversion.families import Family, family_of
 from t2r_conversion.gguf import read_gguf_header, unpack_gguf
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+from t2r_conversion.headers import INDEX, SINGLE, SourceTensor, one_line, read_headers, read_json
 
 # What comes along beside the weights: tokenizer, generation settings, chat template and licence.
 SMALL_FILES = (
@@ -39,26 +34,6 @@ SMALL_FILES = (
     "COPYING*",
     "USE_POLICY*",
 )
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """A tensor's header: shape, dtype as safetensors spells it ("BF16"), and the file that holds it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    shard: str
-
-    @property
-    def parameters(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Size in bytes."""
-        bits = re.search(r"\d+", self.dtype)
-        return self.parameters * (int(bits.group()) if bits else 8) // 8  # BOOL has no number: a byte
 
 
 @dataclass(frozen=True)
@@ -137,20 +112,20 @@ def _empty(folder: Path) -> None:
 
 def _read_folder(folder: Path, name: str) -> Source:
     family, config = _read_config(folder)
-    return Source(name, "folder", folder, family, config, _read_headers(folder))
+    return Source(name, "folder", folder, family, config, read_headers(folder))
 
 
 def _read_hub(name: str) -> Source:
     folder = _download(name, ["config.json", INDEX, *SMALL_FILES])
     family, config = _read_config(folder)
     try:
-        return Source(name, "folder", folder, family, config, _read_headers(folder))
+        return Source(name, "folder", folder, family, config, read_headers(folder))
     except ValueError:
         pass  # not downloaded before: the headers can be had alone
     try:
         files = get_safetensors_metadata(name).files_metadata
     except (OSError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        raise ValueError(f"{name}: no safetensors weights can be read from the Hub ({_line(error)})") from error
+        raise ValueError(f"{name}: no safetensors weights can be read from the Hub ({one_line(error)})") from error
     tensors = {
         tensor: SourceTensor(tuple(info.shape), info.dtype, shard)
         for shard, header in files.items()
@@ -172,75 +147,14 @@ def _download(name: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name}: neither a local folder nor a model that the Hub gives out ({_line(error)})"
+            f"{name}: neither a local folder nor a model that the Hub gives out ({one_line(error)})"
         ) from error
 
 
 def _read_config(folder: Path) -> tuple[Family, PreTrainedConfig]:
-    raw = _read_json(folder / "config.json", "give a Hugging Face model folder")
+    raw = read_json(folder / "config.json", "give a Hugging Face model folder")
     family = family_of(raw.get("model_type"), raw.get("architectures"), f"{folder / 'config.json'}")
     try:
         return family, AutoConfig.from_pretrained(folder)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {_line(error)}") from error
-
-
-def _read_headers(folder: Path) -> dict[str, SourceTensor]:
-    if (folder / INDEX).exists():
-        return _read_shards(folder)
-    if (folder / SINGLE).exists():
-        return _read_header(folder / SINGLE)
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise ValueError(f"{folder}: only pickled weights; convert them to safetensors first (load, save_pretrained)")
-    raise ValueError(f"{folder}: no {SINGLE} and no {INDEX}; download the weights first")
-
-
-def _read_shards(folder: Path) -> dict[str, SourceTensor]:
-    index = folder / INDEX
-    weight_map = _read_json(index, "cannot find the shards").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: no weight_map; download the file again")
-    shards = sorted(set(weight_map.values()))
-    outside = [shard for shard in shards if Path(shard).name != shard or shard in ("", "..")]
-    if outside:
-        raise ValueError(f"{index}: names files outside its folder ({', '.join(outside)}); do not trust this model")
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise ValueError(f"{index}: names shards that are not there ({', '.join(missing)}); download them again")
-    tensors: dict[str, SourceTensor] = {}
-    for shard in shards:
-        tensors.update(_read_header(folder / shard))
-    astray = [name for name, shard in weight_map.items() if name not in tensors or tensors[name].shard != shard]
-    if astray:
-        raise ValueError(
-            f"{index}: tensors that are not in the shard it names ({', '.join(astray)}); download the model again"
-        )
-    return tensors
-
-
-def _read_header(path: Path) -> dict[str, SourceTensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return {
-                name: SourceTensor(tuple(part.get_shape()), part.get_dtype(), path.name)
-                for name, part in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or damaged ({_line(error)}); download it again") from error
-
-
-def _read_json(path: Path, without: str) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; {without}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({_line(error)})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return content
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{folder / 'config.json'}: {one_line(error)}") from error

@@ -15,9 +15,10 @@ import transformers
 from safetensors.torch import save_file
 
 import t2r
+from t2r_conversion.headers import INDEX
 from t2r_conversion.plan import DTYPES, Plan, PlannedTensor
 from t2r_conversion.record import write_record
-from t2r_conversion.source import INDEX, SMALL_FILES
+from t2r_conversion.source import SMALL_FILES
 
 SEED = 0
 COPY_BYTES = 1 << 20

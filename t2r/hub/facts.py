@@ -1,17 +1,15 @@
 """What a model folder says about itself, from its JSON files and safetensors headers alone."""
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from t2r.model import LINEAR_ATTENTION, T2RConfig
+from t2r_conversion.headers import SourceTensor, read_headers
 from t2r_conversion.record import read_record
-from t2r_conversion.source import SourceTensor
 
 CONTEXTS = (2048, 32768)
 STATE_BYTES = 4  # the recurrent state is fp32 whatever the weights are
@@ -68,8 +66,7 @@ def model_facts(folder: str | Path) -> ModelFacts:
     """
     folder = Path(folder)
     config = read_config(folder)
-    shards = weight_files(folder)
-    tensors = [tensor for shard in shards for tensor in _read_header(shard)]
+    tensors = list(read_headers(folder).values())
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[tensor.dtype] += tensor.parameters
@@ -88,7 +85,7 @@ def model_facts(folder: str | Path) -> ModelFacts:
         parameters=sizes.total(),
         weight_bytes=sum(tensor.bytes for tensor in tensors),
         dtype=dtype,
-        shards=len(shards),
+        shards=len({tensor.shard for tensor in tensors}),
         state_bytes=state,
         memory_bytes={n: state + _kv_elements(config, n) * itemsize for n in CONTEXTS},
         softmax_bytes={n: _softmax_elements(config, n) * itemsize for n in CONTEXTS},
@@ -115,48 +112,6 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if not hasattr(config, "num_hidden_layers"):
         raise ValueError(f"{folder / 'config.json'}: model type {config.model_type!r} is not a language model")
     return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """A folder's safetensors files, those that its index names if it has one.
-
-    Raises:
-        ValueError: there are none, or the index names files that are not there.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({folder / name for name in _weight_map(index).values()})
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(f"{index}: names shards that are not there: {', '.join(missing)}; copy them again")
-        return files
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ValueError(f"{folder}: no weights (model.safetensors or model.safetensors.index.json)")
-    return [single]
-
-
-def _read_header(shard: Path) -> list[SourceTensor]:
-    try:
-        with safe_open(shard, framework="pt") as file:
-            tensors = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118, not a dict
-            return [SourceTensor(tuple(t.get_shape()), t.get_dtype(), shard.name) for t in tensors]
-    except SafetensorError as error:
-        raise ValueError(f"{shard}: damaged ({error}); copy it again") from error
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    content = _read_json(index)
-    if not isinstance(content, dict) or not content.get("weight_map"):
-        raise ValueError(f"{index}: no weight_map; copy the file again")
-    return content["weight_map"]
-
-
-def _read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
 
 
 def _shape(config: PreTrainedConfig) -> dict[str, int]:

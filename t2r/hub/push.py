@@ -8,7 +8,8 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 
 from t2r.hub.card import CARD, build_card, own_card
-from t2r.hub.facts import read_config, weight_files
+from t2r.hub.facts import read_config
+from t2r_conversion.headers import read_headers
 from t2r_conversion.record import RECORD
 from t2r_conversion.source import SMALL_FILES
 
@@ -104,7 +105,7 @@ def files_to_push(folder: Path) -> list[str]:
             f"make a model of the run first: t2r merge {folder} -o OUT"
         )
     read_config(folder)
-    weight_files(folder)
+    read_headers(folder)
     return [name for name in _matching(folder, MODEL_FILES) if (folder / name).is_file()]
 
 

@@ -39,14 +39,14 @@ def test_weights_in_shards(tmp_path):
     assert facts.shards > 1
     assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
     next(tmp_path.glob("model-00002-*")).unlink()
-    with pytest.raises(ValueError, match="names shards that are not there: model-00002"):
+    with pytest.raises(ValueError, match="names shards that are not there .model-00002"):
         model_facts(tmp_path)
 
 
 def test_damaged_weights(tmp_path):
     tiny_t2r(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: truncated or damaged"):
         model_facts(tmp_path)
 
 
@@ -72,5 +72,5 @@ def test_folders_that_are_no_models(tmp_path):
         model_facts(tmp_path)
     tiny_t2r(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no weights"):
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
         model_facts(tmp_path)

@@ -1,0 +1,103 @@
+"""Names, shapes and dtypes of a folder's tensors, from safetensors headers alone."""
+
+import json
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor's header: shape, dtype as safetensors spells it ("BF16"), and the file that holds it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    shard: str
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes."""
+        bits = re.search(r"\d+", self.dtype)
+        return self.parameters * (int(bits.group()) if bits else 8) // 8  # BOOL has no number: a byte
+
+
+def read_headers(folder: Path) -> dict[str, SourceTensor]:
+    """The headers of all tensors of a folder, in `model.safetensors` or in the shards that its index names.
+
+    Raises:
+        ValueError: there are no weights, the index does not fit the shards, or a shard is truncated or damaged.
+    """
+    if (folder / INDEX).exists():
+        return _read_shards(folder)
+    if (folder / SINGLE).exists():
+        return _read_header(folder / SINGLE)
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise ValueError(f"{folder}: only pickled weights; convert them to safetensors first (load, save_pretrained)")
+    raise ValueError(f"{folder}: no {SINGLE} and no {INDEX}; download the weights first")
+
+
+def _read_shards(folder: Path) -> dict[str, SourceTensor]:
+    index = folder / INDEX
+    weight_map = read_json(index, "cannot find the shards").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no weight_map; download the file again")
+    shards = sorted(set(weight_map.values()))
+    outside = [shard for shard in shards if Path(shard).name != shard or shard in ("", "..")]
+    if outside:
+        raise ValueError(f"{index}: names files outside its folder ({', '.join(outside)}); do not trust this model")
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise ValueError(f"{index}: names shards that are not there ({', '.join(missing)}); download them again")
+    tensors: dict[str, SourceTensor] = {}
+    for shard in shards:
+        tensors.update(_read_header(folder / shard))
+    astray = [name for name, shard in weight_map.items() if name not in tensors or tensors[name].shard != shard]
+    if astray:
+        raise ValueError(
+            f"{index}: tensors that are not in the shard it names ({', '.join(astray)}); download the model again"
+        )
+    return tensors
+
+
+def _read_header(path: Path) -> dict[str, SourceTensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {
+                name: SourceTensor(tuple(part.get_shape()), part.get_dtype(), path.name)
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or damaged ({one_line(error)}); download it again") from error
+
+
+def read_json(path: Path, without: str) -> dict:
+    """A JSON object from a file; `without` says what to do when it is missing.
+
+    Raises:
+        ValueError: there is no such file, or it holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; {without}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
