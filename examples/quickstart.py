@@ -30,7 +30,7 @@ def t2r(*arguments: object) -> None:
     """Show and run a `t2r` command."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ t2r {shlex.join(words)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "t2r.cli.main", *words])
+    done = subprocess.run([Path(sys.executable).with_name("t2r"), *words])
     if done.returncode:
         sys.exit(done.returncode)
 

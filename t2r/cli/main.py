@@ -74,9 +74,11 @@ def setup(
 
     Errors are one line on stderr and exit code 2; T2R_TRACEBACK=1 shows where they come from.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries; users can do nothing about them
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     if not err.is_terminal:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(format="%(message)s")
     for package in ("t2r", "t2r_conversion", "t2r_kernels"):
         logging.getLogger(package).setLevel(logging.INFO)

@@ -28,7 +28,6 @@ class Evaluator:
     def __init__(self, config: EvalConfig, tokenizer, model: PeftModel, state: PartialState):
         self.config, self.model, self.state = config, model, state
         self.windows = cut_windows(tokenizer, read_text(config.text), config.window, config.limit)
-        self.console = Console(stderr=True)
         self.teacher_nlls: Tensor | None = None
 
     def before(self) -> dict:
@@ -48,12 +47,12 @@ class Evaluator:
             with teacher(self.model) as base:
                 self.teacher_nlls = self._nlls(base, "teacher")
         report = summarise(self._nlls(self.model, f"student, {stage}"), self.teacher_nlls)
-        self.console.print(render(report, f"Perplexity {stage} the finetune"))
+        Console().print(render(report, f"Perplexity {stage} the finetune"))
         self.state.wait_for_everyone()
         return {stage: report.as_dict(), f"{stage}_curve": _curve(report)}
 
     def _nlls(self, model: torch.nn.Module, label: str) -> Tensor:
-        with Progress(console=self.console, transient=True) as progress:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(f"evaluate {label}", total=len(self.windows))
             return window_nlls(model, self.windows, progress=lambda done, _: progress.update(task, completed=done))
 

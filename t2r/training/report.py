@@ -5,7 +5,17 @@ from pathlib import Path
 
 from t2r_conversion.record import read_record
 
-STUDENT_BEFORE, STUDENT_AFTER, TEACHER = "#d95f02", "#1b6ca8", "#444444"
+BEFORE, AFTER, TEACHER = "#d95f02", "#1b6ca8", "#444444"
+CONVERSION = (
+    "source",
+    "family",
+    "start",
+    "num_slots",
+    "num_sinks",
+    "gate_write_logit",
+    "gate_keep_logit",
+    "layer_types",
+)
 
 
 def write_report(folder: str | Path) -> Path:
@@ -25,22 +35,24 @@ def write_report(folder: str | Path) -> Path:
 
 
 def _page(record: dict) -> str:
-    training, conversion = record["training"], record.get("conversion", {})
+    conversion = record.get("conversion", {})
     lines = [
         f"# Finetune of {conversion.get('source', 'a converted model')}",
         "",
         "![Loss and perplexity](report.png)",
         "",
     ]
-    evaluation = record.get("evaluation")
-    if evaluation:
-        lines += _evaluation(evaluation)
-    lines += ["## Training", "", "| | |", "|---|---|"]
-    lines += [f"| {key.replace('_', ' ')} | {_plain(value)} |" for key, value in training.items()]
+    if "evaluation" in record:
+        lines += _evaluation(record["evaluation"])
+    lines += _table("Training", record["training"])
     if conversion:
-        lines += ["", "## Conversion", "", "| | |", "|---|---|"]
-        lines += [f"| {key.replace('_', ' ')} | {_plain(value)} |" for key, value in conversion.items()]
+        lines += ["", *_table("Conversion", {key: conversion[key] for key in CONVERSION if key in conversion})]
     return "\n".join(lines) + "\n"
+
+
+def _table(title: str, rows: dict) -> list[str]:
+    cells = [f"| {key.replace('_', ' ')} | {_plain(value)} |" for key, value in rows.items()]
+    return [f"## {title}", "", "| | |", "|---|---|", *cells]
 
 
 def _evaluation(evaluation: dict) -> list[str]:
@@ -74,23 +86,38 @@ def _plain(value) -> str:
 def _draw(record: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    history, evaluation = record["history"], record.get("evaluation")
+    evaluation = record.get("evaluation")
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2 if evaluation else 1, squeeze=False)[0]
-    axes[0].plot([e["step"] for e in history], [e["loss"] for e in history], color=STUDENT_AFTER)
-    axes[0].set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
+    _draw_loss(axes[0], record["history"])
     if evaluation:
-        before, after = evaluation["before_curve"], evaluation["after_curve"]
-        middle = [(band["from"] + band["to"]) / 2 for band in before]
-        for label, curve, key, color in (
-            ("teacher", before, "teacher", TEACHER),
-            ("student at step 0", before, "student", STUDENT_BEFORE),
-            ("student after", after, "student", STUDENT_AFTER),
-        ):
-            axes[1].plot(middle, [math.exp(band[key]) for band in curve], label=label, color=color)
-        axes[1].set(xlabel="position in the window", ylabel="perplexity", yscale="log", title=evaluation["text"])
-        axes[1].legend(frameon=False)
+        _draw_ratios(axes[1], evaluation)
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
+
+
+def _draw_loss(axis, history: list[dict]) -> None:
+    steps, losses = [e["step"] for e in history], [e["loss"] for e in history]
+    axis.plot(steps, losses, color=AFTER, alpha=0.3)
+    axis.plot(steps, _smooth(losses), color=AFTER)
+    axis.set(xlabel="step", ylabel="nats per token", title="Training loss, and its running mean")
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Mean of each value and up to a fifth of all before it."""
+    width = max(1, len(values) // 5)
+    parts = [values[max(0, i - width) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def _draw_ratios(axis, evaluation: dict) -> None:
+    for label, stage, color in (("at step 0", "before", BEFORE), ("after", "after", AFTER)):
+        curve = evaluation[f"{stage}_curve"]
+        middle = [(band["from"] + band["to"]) / 2 for band in curve]
+        ratio = [math.exp(band["student"] - band["teacher"]) for band in curve]
+        axis.plot(middle, ratio, label=f"student {label}", color=color)
+    axis.axhline(1, label="teacher", color=TEACHER, linewidth=1)
+    axis.set(xlabel="position in the window", ylabel="perplexity / teacher's", title=evaluation["text"])
+    axis.legend(frameon=False)

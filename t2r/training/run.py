@@ -83,6 +83,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if resume else None)
     seconds = time.perf_counter() - began
     trainer.model.save_pretrained(output, is_main_process=state.is_main_process)
+    (output / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
     if evaluator:
         record["evaluation"] |= evaluator.after()
     record["history"] = [
