@@ -48,12 +48,13 @@ class T2RTrainer(Trainer):
         labels = inputs.pop("labels")
         student = self.accelerator.unwrap_model(model)
         teacher_hidden = None
-        if self.finetune.loss.distill:
-            with teacher(student) as base:
-                teacher_hidden = base(**inputs, skip_logits=True, use_cache=False).hidden_states[0]
-        outputs = model(**inputs, skip_logits=True, use_cache=False)
-        head = student.get_base_model().lm_head
-        loss = chunked_loss(head, outputs.hidden_states[0], labels, teacher_hidden, self.token_loss)
+        with self.accelerator.autocast():  # accelerate's own covers the wrapped model's forward alone
+            if self.finetune.loss.distill:
+                with teacher(student) as base:
+                    teacher_hidden = base(**inputs, skip_logits=True, use_cache=False).hidden_states[0]
+            outputs = model(**inputs, skip_logits=True, use_cache=False)
+            head, hidden = student.get_base_model().lm_head, outputs.hidden_states[0]
+            loss = chunked_loss(head, hidden, labels, teacher_hidden, self.token_loss)
         # `num_items_in_batch` counts the targets of all processes, whose gradients are then averaged.
         loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

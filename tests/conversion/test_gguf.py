@@ -19,7 +19,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 def model(tied):
     torch.manual_seed(0)
-    shape = tiny.SHAPE | {"vocab_size": len(SPECIAL) + 257, "tie_word_embeddings": tied, "rms_norm_eps": 1e-5}
+    shape = tiny.SHAPE | {"vocab_size": len(SPECIAL) + 258, "tie_word_embeddings": tied, "rms_norm_eps": 1e-5}
     return LlamaForCausalLM(LlamaConfig(**shape))
 
 
@@ -39,9 +39,9 @@ def write_gguf(path, llama, architecture="llama", **more):
     file.add_vocab_size(config.vocab_size)
     file.add_tokenizer_model("gpt2")
     file.add_tokenizer_pre("default")
-    file.add_token_list(SPECIAL + list(bytes_to_unicode().values()) + ["ab"])
-    file.add_token_types([3] * len(SPECIAL) + [1] * 257)
-    file.add_token_merges(["a b"])
+    file.add_token_list(SPECIAL + list(bytes_to_unicode().values()) + ["ab", "cd"])
+    file.add_token_types([3] * len(SPECIAL) + [1] * 258)
+    file.add_token_merges(["a b", "c d"])
     file.add_bos_token_id(1)
     file.add_eos_token_id(2)
     file.add_unk_token_id(0)

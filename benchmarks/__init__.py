@@ -1,0 +1,1 @@
+"""Measurements behind every claim of speed or quality; each writes a JSON file into benchmarks/results."""
