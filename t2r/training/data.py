@@ -82,8 +82,10 @@ def _write(folder: Path, parts: list, tokenizer: PreTrainedTokenizerBase) -> Non
     import datasets
 
     def encode(batch):
-        ids = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        return {"ids": [[*document, tokenizer.eos_token_id] for document in ids if document]}
+        texts = [text for text in batch["text"] if text]
+        ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []  # begins as the model expects it
+        end = tokenizer.eos_token_id
+        return {"ids": [document if document[-1:] == [end] else [*document, end] for document in ids]}
 
     rows = datasets.concatenate_datasets(parts)
     rows = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenising")

@@ -48,6 +48,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     config = load_config(path, overrides)
     output, state = Path(config.output), PartialState()
     if resume and read_record(output).get("training"):
+        Console(stderr=True).print(f"{output}: finished already", highlight=False)
         return read_record(output)
     if config.eval.text:
         read_text(config.eval.text)  # better to fail now than after the model is loaded
@@ -94,7 +95,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     record["training"] = _summary(config, trainer, rows, seconds, dtype)
     if state.is_main_process:
         write_record(output, record)
-        write_report(output)
+        Console(stderr=True).print(f"report: {write_report(output)}", highlight=False)
     state.wait_for_everyone()
     return record
 
