@@ -52,7 +52,8 @@ class Evaluator:
         return {stage: report.as_dict(), f"{stage}_curve": _curve(report)}
 
     def _nlls(self, model: torch.nn.Module, label: str) -> Tensor:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"evaluate {label}", total=len(self.windows))
             return window_nlls(model, self.windows, progress=lambda done, _: progress.update(task, completed=done))
 
