@@ -105,7 +105,7 @@ def _group(q, k, v, g, s, scale, position, enters, state, carry):
     keys, values = befores
 
     causal = torch.ones(C, C, dtype=torch.bool, device=g.device).tril()[..., None]  # [C, C, 1]
-    decay = (G.unsqueeze(-2) - G.unsqueeze(-3)).masked_fill(~causal, float("-inf")).exp()  # [R, H, n, C, C, M]
+    decay = (G.unsqueeze(-2) - G.unsqueeze(-3)).masked_fill_(~causal, float("-inf")).exp_()  # [R, H, n, C, C, M]
     weight = decay * s.unsqueeze(-3)  # [R, H, n, C, C, M], zero above the diagonal
     carried = G.exp().unsqueeze(-2)  # [R, H, n, C, 1, M]
 

@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 
 from t2r.evaluation import load_model
+from t2r.evaluation.loading import locate
 from t2r.training.config import load_config
 from t2r_conversion.record import read_record, write_record
 from t2r_conversion.writer import check_output, check_space, made_whole, small_files
@@ -32,7 +33,8 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
     if not (run / "adapter_config.json").is_file():
         raise ValueError(f"{run}: the run is not finished; go on with: t2r train {run / CONFIG} --resume")
     base = load_config(run / CONFIG).model
-    source = Path(base) if Path(base).is_dir() else Path(snapshot_download(base))
+    location, _ = locate(base)
+    source = Path(location) if Path(location).is_dir() else Path(snapshot_download(location))
     check_output(out, source, overwrite)
     check_space(out, sum(file.stat().st_size for file in source.glob("*.safetensors")))
     model = merged_model(run, base)

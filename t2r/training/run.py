@@ -4,7 +4,7 @@ import platform
 import resource
 import shutil
 import sys
-import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -80,9 +80,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         if state.is_main_process:
             write_record(output, record)
 
-    began = time.perf_counter()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if resume else None)
-    seconds = time.perf_counter() - began
     trainer.model.save_pretrained(output, is_main_process=state.is_main_process)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
     if evaluator:
@@ -92,7 +90,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
-    record["training"] = _summary(config, trainer, rows, seconds, dtype)
+    record["training"] = _summary(config, trainer, rows, record["history"], dtype)
     if state.is_main_process:
         write_record(output, record)
         Console(stderr=True).print(f"report: {write_report(output)}", highlight=False)
@@ -130,7 +128,7 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return changed
 
 
-def _summary(config: TrainConfig, trainer: T2RTrainer, rows: PackedRows, seconds: float, dtype: str) -> dict:
+def _summary(config: TrainConfig, trainer: T2RTrainer, rows: PackedRows, history: list[dict], dtype: str) -> dict:
     """What the model card and the report say of the training. No path of this machine among it."""
     device = trainer.args.device
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -148,11 +146,17 @@ def _summary(config: TrainConfig, trainer: T2RTrainer, rows: PackedRows, seconds
         "trained_parameters": trained,
         "seed": config.seed,
         "dtype": dtype,
-        "seconds": round(seconds, 1),
+        "seconds": round(_seconds(history, trainer.tokens_per_step), 1),
         "hardware": _hardware(device, trainer.accelerator.num_processes),
         "peak_memory_mib": _peak_memory(device),
         "versions": {"t2r": t2r.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _seconds(history: list[dict], tokens_per_step: int) -> float:
+    """Time spent training, over all sessions of a resumed run."""
+    steps = [b["step"] - a["step"] for a, b in pairwise([{"step": 0}, *history])]
+    return sum(n * tokens_per_step / entry["tokens_per_second"] for n, entry in zip(steps, history, strict=True))
 
 
 def _hardware(device: torch.device, processes: int) -> str:

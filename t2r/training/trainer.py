@@ -133,6 +133,7 @@ class _ProgressLine(TrainerCallback):
         self.progress.start()
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        control.should_log |= state.global_step >= state.max_steps  # the last steps count too
         if self.progress:
             self.progress.update(self.task, completed=state.global_step)
 

@@ -72,6 +72,10 @@ def test_resumed_is_uninterrupted_bit_for_bit(config, tmp_path, monkeypatch):
     assert len(losses(whole)) == 6
 
 
+def test_the_last_steps_are_logged_too(config):
+    assert [entry["step"] for entry in run(config, ["log_every=4"])["history"]] == [4, 6]
+
+
 def test_a_finished_run_is_not_run_again(config):
     first = run(config)
     assert run(config, resume=True) == first
@@ -132,6 +136,13 @@ def test_merge_needs_a_finished_run(config, tmp_path):
     with pytest.raises(ValueError, match="not finished"):
         merge(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_merge_says_when_the_base_is_gone(config, tmp_path):
+    run(config, ["steps=1"])
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(ValueError, match="model: no such folder"):
+        merge(tmp_path / "run", tmp_path / "out")
 
 
 def test_output_folders_are_safe(config, tmp_path):
