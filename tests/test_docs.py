@@ -30,6 +30,10 @@ def test_every_option_in_the_readme_exists():
         assert used <= known, line
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"@[A-Z]+@|TODO|FIXME", README)
+
+
 def test_every_link_leads_somewhere():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links

@@ -177,7 +177,7 @@ def family_of(model_type: str | None, architectures: list[str] | None, where: st
     Raises:
         ValueError: the family is not supported, or the checkpoint is not of a causal language model.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"{where}: model_type {model_type!r} is not supported; supported families: {', '.join(FAMILIES)}"
         )

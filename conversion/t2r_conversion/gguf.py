@@ -15,8 +15,8 @@ from t2r_conversion.families import FAMILIES, Family, family_of
 MAX_SHARD_SIZE = "1GB"
 
 
-def read_gguf_header(path: Path) -> tuple[Family, PreTrainedConfig, dict[str, tuple[int, ...]]]:
-    """Family, configuration, and the tensors' shapes under their Hugging Face names.
+def read_gguf_header(path: Path) -> tuple[Family, PreTrainedConfig, dict[str, tuple[int, ...]], str | None]:
+    """Family, configuration, the tensors' shapes under their Hugging Face names, and the licence if it is named.
 
     A tensor that the family does not know stays under its GGUF name, so that the planner reports it.
 
@@ -26,6 +26,7 @@ def read_gguf_header(path: Path) -> tuple[Family, PreTrainedConfig, dict[str, tu
     try:
         reader = GGUFReader(path)
         architecture = reader.fields["general.architecture"].contents()
+        licence = reader.fields["general.license"].contents() if "general.license" in reader.fields else None
         shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise ValueError(f"{path}: not a whole GGUF file ({error}); download it again") from error
@@ -36,7 +37,7 @@ def read_gguf_header(path: Path) -> tuple[Family, PreTrainedConfig, dict[str, tu
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     family = family_of(config.model_type, None, str(path))
     names = _huggingface_names(family, config)
-    return family, config, {names.get(name, name): shape for name, shape in shapes.items()}
+    return family, config, {names.get(name, name): shape for name, shape in shapes.items()}, licence
 
 
 def unpack_gguf(path: Path, config: PreTrainedConfig, folder: Path) -> None:

@@ -49,7 +49,7 @@ def read_headers(folder: Path) -> dict[str, SourceTensor]:
 def _read_shards(folder: Path) -> dict[str, SourceTensor]:
     index = folder / INDEX
     weight_map = read_json(index, "cannot find the shards").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
         raise ValueError(f"{index}: no weight_map; download the file again")
     shards = sorted(set(weight_map.values()))
     outside = [shard for shard in shards if Path(shard).name != shard or shard in ("", "..")]

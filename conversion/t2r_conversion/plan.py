@@ -93,6 +93,7 @@ class Plan:
         return {
             "source": self.source.name,
             "family": self.source.family.model_type,
+            "license": self.source.license,
             "start": config.start,
             "num_slots": config.num_slots,
             "num_sinks": config.num_sinks,

@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 
-from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub import get_safetensors_metadata, metadata_load, snapshot_download
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError, StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
+from yaml import YAMLError
 
 from t2r_conversion.families import Family, family_of
 from t2r_conversion.gguf import read_gguf_header, unpack_gguf
 from t2r_conversion.headers import INDEX, SINGLE, SourceTensor, one_line, read_headers, read_json
+
+CARD = "README.md"  # read for its licence; the converted model gets a card of its own
 
 # What comes along beside the weights: tokenizer, generation settings, chat template and licence.
 SMALL_FILES = (
@@ -48,6 +51,7 @@ class Source:
         config: its configuration.
         tensors: its tensors' headers by name.
         temporary: whether its files may be moved away.
+        license: what its model card or GGUF header names, or None.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Source:
     config: PreTrainedConfig
     tensors: dict[str, SourceTensor]
     temporary: bool = False
+    license: str | None = None
 
 
 def read_source(source: str | Path) -> Source:
@@ -93,13 +98,13 @@ def open_source(source: str | Path | Source, *, scratch: str | Path | None = Non
         yield source
     elif source.kind == "hub":
         shards = sorted({tensor.shard for tensor in source.tensors.values()})
-        yield _read_folder(_download(source.name, [*shards, INDEX, "config.json", *SMALL_FILES]), source.name)
+        yield _read_folder(_download(source.name, [*shards, INDEX, "config.json", CARD, *SMALL_FILES]), source.name)
     else:
         folder = Path(scratch or mkdtemp(prefix="t2r-"))
         try:
             _empty(folder)
             unpack_gguf(source.folder / source.name, source.config, folder)
-            yield replace(_read_folder(folder, source.name), temporary=True)
+            yield replace(_read_folder(folder, source.name), temporary=True, license=source.license)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -112,14 +117,14 @@ def _empty(folder: Path) -> None:
 
 def _read_folder(folder: Path, name: str) -> Source:
     family, config = _read_config(folder)
-    return Source(name, "folder", folder, family, config, read_headers(folder))
+    return Source(name, "folder", folder, family, config, read_headers(folder), license=_licence(folder))
 
 
 def _read_hub(name: str) -> Source:
-    folder = _download(name, ["config.json", INDEX, *SMALL_FILES])
+    folder = _download(name, ["config.json", INDEX, CARD, *SMALL_FILES])
     family, config = _read_config(folder)
     try:
-        return Source(name, "folder", folder, family, config, read_headers(folder))
+        return Source(name, "folder", folder, family, config, read_headers(folder), license=_licence(folder))
     except ValueError:
         pass  # not downloaded before: the headers can be had alone
     try:
@@ -131,15 +136,25 @@ def _read_hub(name: str) -> Source:
         for shard, header in files.items()
         for tensor, info in header.tensors.items()
     }
-    return Source(name, "hub", folder, family, config, tensors)
+    return Source(name, "hub", folder, family, config, tensors, license=_licence(folder))
 
 
 def _read_gguf(path: Path) -> Source:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    family, config, shapes = read_gguf_header(path)
+    family, config, shapes, licence = read_gguf_header(path)
     tensors = {name: SourceTensor(shape, "F32", SINGLE) for name, shape in shapes.items()}
-    return Source(path.name, "gguf", path.parent, family, config, tensors)
+    return Source(path.name, "gguf", path.parent, family, config, tensors, license=licence)
+
+
+def _licence(folder: Path) -> str | None:
+    if not (folder / CARD).is_file():
+        return None
+    try:
+        licence = (metadata_load(folder / CARD) or {}).get("license")
+    except (ValueError, YAMLError):  # a card that cannot be read names none
+        return None
+    return licence if isinstance(licence, str) else None
 
 
 def _download(name: str, patterns: list[str]) -> Path:
@@ -156,5 +171,5 @@ def _read_config(folder: Path) -> tuple[Family, PreTrainedConfig]:
     family = family_of(raw.get("model_type"), raw.get("architectures"), f"{folder / 'config.json'}")
     try:
         return family, AutoConfig.from_pretrained(folder)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise ValueError(f"{folder / 'config.json'}: {one_line(error)}") from error

@@ -51,14 +51,9 @@ def write(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: Pro
         check_space(out, _bytes_to_write(plan))
         partial.mkdir(parents=True)
         _write_weights(plan, partial, progress or (lambda _done, _total: None))
-        for file in small_files(plan.source.folder):
-            target = partial / file.relative_to(plan.source.folder)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+        copy_small_files(plan.source.folder, partial)
         (partial / "config.json").write_text(plan.config.to_json_string(), encoding="utf-8")
         write_record(partial, {"conversion": _record(plan)})
-        for shard in partial.glob("*.safetensors"):  # safetensors makes its files private to the user
-            shutil.copymode(partial / "config.json", shard)
 
 
 def check_output(out: Path, source: Path, overwrite: bool) -> None:
@@ -92,6 +87,14 @@ def check_space(out: Path, needed: int) -> None:
 def small_files(folder: Path) -> list[Path]:
     """The files that come along beside the weights."""
     return sorted({file for pattern in SMALL_FILES for file in folder.glob(pattern) if file.is_file()})
+
+
+def copy_small_files(folder: Path, to: Path) -> None:
+    """Copy tokenizer, generation settings, chat template and licence of one model folder into another."""
+    for file in small_files(folder):
+        target = to / file.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 @contextmanager

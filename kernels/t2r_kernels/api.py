@@ -9,6 +9,7 @@ from torch import Tensor
 from t2r_kernels.chunk import chunk_gsa
 from t2r_kernels.naive import naive_gsa
 from t2r_kernels.state import SlotState, zero_state
+from t2r_kernels.step import step
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +61,17 @@ def gsa(
     n = _count_sequences(q, cu_seqlens)
     dtype = _accumulation_dtype(q, k, v, g)
     state = _check_state(initial_state, n, k, v, g.shape[-1], dtype)
-    o, final = BACKENDS[resolve_backend(backend, q.device.type)](
-        *(x.to(dtype) for x in (q, k, v, g)),
-        _write_strength(g, dtype) if s is None else s.to(dtype),
-        q.shape[-1] ** -0.5 if scale is None else scale,
-        state,
-        cu_seqlens,
-        hide_unwritten,
-        _offsets(position_offset, n, q.device),
-    )
+    run = BACKENDS[resolve_backend(backend, q.device.type)]
+    with torch.autocast(q.device.type, enabled=False):  # the recurrence is fp32 even where the layers are not
+        o, final = run(
+            *(x.to(dtype) for x in (q, k, v, g)),
+            _write_strength(g, dtype) if s is None else s.to(dtype),
+            q.shape[-1] ** -0.5 if scale is None else scale,
+            state,
+            cu_seqlens,
+            hide_unwritten,
+            _offsets(position_offset, n, q.device),
+        )
     return o.to(q.dtype), final if output_final_state else None
 
 
@@ -105,7 +108,7 @@ def gsa_step(
         ValueError: a shape or the state's dtype is wrong, or `hide_unwritten` is set without the position.
     """
     _check_shapes(q, k, v, g, s)
-    B, T, HQ, D = q.shape
+    B, T, _, D = q.shape
     if T != 1:
         raise ValueError(f"gsa_step takes one token, got T = {T}; use gsa for whole sequences")
     if hide_unwritten and position_offset is None:
@@ -113,21 +116,16 @@ def gsa_step(
     dtype = _accumulation_dtype(q, k, v, g)
     if any(x.dtype != dtype for x in state):
         raise ValueError(f"gsa_step updates the state in place, so it must be {dtype}, got {state[0].dtype}")
-    keys, values = state = _check_state(state, B, k, v, g.shape[-1], dtype)
-    out_dtype = q.dtype
-    q, k, v, alpha = q[:, 0].to(dtype), k[:, 0].to(dtype), v[:, 0].to(dtype), g[:, 0].to(dtype).exp()
-    write = (_write_strength(g, dtype) if s is None else s.to(dtype))[:, 0].unsqueeze(-1)  # [B, H, M, 1]
-    keys.mul_(alpha.unsqueeze(-1)).addcmul_(write, k.unsqueeze(2))  # [B, H, M, D]
-    values.mul_(alpha.unsqueeze(-1)).addcmul_(write, v.unsqueeze(2))  # [B, H, M, Dv]
-    scale = D**-0.5 if scale is None else scale
-    logits = scale * q.unflatten(1, (k.shape[1], -1)) @ keys.mT  # [B, H, HQ/H, M]
-    if hide_unwritten:
-        hidden = torch.arange(g.shape[-1], device=g.device) > _offsets(position_offset, B, g.device)[:, None].clamp_min(
-            0
+    state = _check_state(state, B, k, v, g.shape[-1], dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        o = step(
+            *(x[:, 0].to(dtype) for x in (q, k, v, g)),
+            (_write_strength(g, dtype) if s is None else s.to(dtype))[:, 0],
+            D**-0.5 if scale is None else scale,
+            state,
+            _offsets(position_offset, B, q.device) if hide_unwritten else None,
         )
-        logits = logits.masked_fill(hidden[:, None, None], float("-inf"))
-    o = (logits.softmax(-1) @ values).reshape(B, 1, HQ, -1)
-    return o.to(out_dtype), state
+    return o.to(q.dtype).unsqueeze(1), state
 
 
 def resolve_backend(backend: str, device_type: str) -> str:

@@ -22,7 +22,7 @@ def ppl(
     text: Annotated[Path, typer.Option(metavar="FILE", help="A UTF-8 text to predict.")],
     teacher: Annotated[str | None, typer.Option(metavar="SRC", help="A model to compare with.")] = None,
     window: Annotated[int, typer.Option(help="Tokens in each of the non-overlapping windows.")] = 1024,
-    limit: Annotated[int | None, typer.Option(help="Windows to evaluate at most.")] = None,
+    limit: Annotated[int, typer.Option(help="Windows to evaluate at most; 0 for all.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -42,7 +42,7 @@ def ppl(
 
     if teacher is not None:
         locate(teacher)  # before the student's minutes are spent
-    windows = cut_windows(load_tokenizer(model), read_text(text), window, limit)
+    windows = cut_windows(load_tokenizer(model), read_text(text), window, limit or None)
 
     def evaluate(name: str, source: str):
         loaded = load_model(source, dtype=dtype, device=device)

@@ -23,6 +23,8 @@ class SlotCacheLayer(CacheLayerMixin):
     @property
     def state(self) -> tuple[Tensor, Tensor] | None:
         """Slot keys and values, or None before the first token."""
+        if self.cumulative_length and self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            self.keys, self.values = self.keys.clone(), self.values.clone()  # to be written again, outside that mode
         return (self.keys, self.values) if self.cumulative_length else None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, num_tokens: int, **kwargs):  # noqa: ARG002

@@ -1,7 +1,21 @@
 """T2RConfig: the source model's shape, plus how its attention was replaced."""
 
-from transformers import PreTrainedConfig
+import math
 
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_slots",
+)
 LINEAR_ATTENTION = "linear_attention"
 SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
 
@@ -63,6 +77,9 @@ class T2RConfig(PreTrainedConfig):
     gate_logit_normalizer: float = 8.0
 
     def __post_init__(self, **kwargs):
+        for name in SIZES:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -71,6 +88,9 @@ class T2RConfig(PreTrainedConfig):
             self.layer_types = [LINEAR_ATTENTION] * self.num_hidden_layers
         self._check()
         super().__post_init__(**kwargs)
+        rope = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(f"rope_type {rope!r} is not one that transformers knows: {', '.join(ROPE_INIT_FUNCTIONS)}")
 
     @property
     def softmax_type(self) -> str:
@@ -91,8 +111,11 @@ class T2RConfig(PreTrainedConfig):
     def _check(self) -> None:
         if self.start not in ("window", "paper"):
             raise ValueError(f"start must be 'window' or 'paper', got {self.start!r}")
-        if self.num_slots < 1:
-            raise ValueError(f"num_slots must be at least 1, got {self.num_slots}")
+        for name in ("gate_write_logit", "gate_keep_logit", "gate_logit_normalizer"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not an activation that transformers knows")
         if self.start == "window" and not 0 <= self.num_sinks < self.num_slots:
             raise ValueError(
                 f"num_sinks must be at least 0 and below num_slots, got num_sinks={self.num_sinks}, "

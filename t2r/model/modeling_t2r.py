@@ -33,7 +33,14 @@ MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_slidi
 
 
 class GateProjection(nn.Linear):
-    """The forget gates' projection: a class of its own so that initialisation knows it."""
+    """The forget gates' projection: a class of its own so that initialisation knows it.
+
+    While it trains, it is fp32 in a model that may be bf16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., hidden]` to `[..., heads * slots]`, in the dtype of the weight."""
+        return super().forward(x.to(self.weight.dtype))
 
 
 class T2RAttention(nn.Module):
@@ -78,7 +85,7 @@ class T2RAttention(nn.Module):
         if self.kind == LINEAR_ATTENTION:
             o = self._slots(hidden_states, q, k, v, positions, rope, past_key_values)
         else:
-            o = self._softmax(q, k, v, rope, attention_mask, past_key_values, **kwargs)
+            o = self._softmax(q, k, v, rope, attention_mask, past_key_values, position_ids=positions.ids, **kwargs)
         return self.o_proj(o)
 
     def _slots(self, hidden_states, q, k, v, positions, rope, past_key_values) -> Tensor:
@@ -110,7 +117,7 @@ class T2RAttention(nn.Module):
         o = o.flatten(2)  # [B, T, HQ * D]
         if start.swish:
             o = F.silu(o)
-        return self.g_norm(o) if start.output_norm else o
+        return self.g_norm(o).to(o.dtype) if start.output_norm else o
 
     def _softmax(self, q, k, v, rope, attention_mask, past_key_values, **kwargs) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H(Q), T, D]

@@ -1,6 +1,6 @@
 """Where each token stands: in its document, behind padding, among packed documents."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,8 +61,17 @@ class Positions:
         if position_ids is None:
             position_ids = (seen.cumsum(-1) - 1).clamp_min(0)[:, -T:]
         ids = position_ids.expand(B, T)
+        if T > 1 and (here[:, :1].sum(1) + (here[:, 1:] & ~here[:, :-1]).sum(1) > 1).any():
+            raise ValueError("attention_mask has padding between tokens; pad on the left or on the right")
         first = here.int().argmax(-1, keepdim=True)  # [B, 1]: the first token that is no padding
         return cls(ids, (ids.gather(1, first) - first)[:, 0], ~here)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Positions":
+        """On another device, for models whose layers are spread over several."""
+        moved = {
+            name: x.to(device, non_blocking=non_blocking) for name, x in vars(self).items() if isinstance(x, Tensor)
+        }
+        return replace(self, **moved)
 
     @classmethod
     def _packed(cls, B, T, device, attention_mask, cu_seqlens, past) -> "Positions":

@@ -25,10 +25,15 @@ def add_adapters(model: T2RForCausalLM, lora: LoraConfig) -> PeftModel:
     """
     if "linear_attention" not in model.config.layer_types:
         raise ValueError("the model has no Gated Slot Attention layer; convert it first: t2r convert MODEL -o OUT")
-    linear = {name.rsplit(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # Not the head: the teacher speaks through it too. Not what trains in full already.
+    layers = model.model.layers.named_modules()
+    linear = {name.split(".")[-1] for name, module in layers if isinstance(module, nn.Linear)}
+    linear -= set(added_modules(model.config))
     unknown = sorted(set(lora.targets) - linear)
     if unknown:
-        raise ValueError(f"lora.targets: {', '.join(unknown)} not in the model; it has {', '.join(sorted(linear))}")
+        raise ValueError(
+            f"lora.targets: {', '.join(unknown)} cannot have adapters; choose from {', '.join(sorted(linear))}"
+        )
     wrapped = peft.get_peft_model(
         model,
         peft.LoraConfig(

@@ -196,6 +196,9 @@ def _check(config: TrainConfig, path: Path) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{path}: {key} must be at least 1, got {value}")
+    for key in ("lr", "gate_lr", "weight_decay", "max_grad_norm", "warmup_steps"):
+        if getattr(config.optim, key) < 0:
+            raise ValueError(f"{path}: optim.{key} must not be negative, got {getattr(config.optim, key)}")
     if config.data.sequence_length < 2:
         raise ValueError(f"{path}: data.sequence_length must be at least 2, got {config.data.sequence_length}")
     if not config.data.files:

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +76,9 @@ def _load(path: Path, column: str):
         raise ValueError(f"{path}: not readable as {LOADERS[path.suffix]} in UTF-8: {cause}") from error
     if column not in rows.column_names:
         raise ValueError(f"{path}: no column {column!r}; it has {', '.join(rows.column_names)}. Set data.column")
+    kind = getattr(rows.features[column], "dtype", None)
+    if kind not in ("string", "large_string"):
+        raise ValueError(f"{path}: column {column!r} holds {kind or 'lists or objects'}, not text. Set data.column")
     rows = rows.select_columns([column])
     return rows if column == "text" else rows.rename_column(column, "text")
 
@@ -92,24 +97,30 @@ def _write(folder: Path, parts: list, tokenizer: PreTrainedTokenizerBase) -> Non
     if "ids" not in rows.column_names:  # not one document was left
         raise ValueError("the data files hold no text")
     bounds = np.cumsum([0, *(len(document) for document in rows["ids"])])
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    ids = np.lib.format.open_memmap(partial / "ids.npy", mode="w+", dtype=np.int32, shape=(int(bounds[-1]),))
-    for document, start in zip(rows["ids"], bounds, strict=False):
-        ids[start : start + len(document)] = document
-    ids.flush()
-    np.save(partial / "bounds.npy", bounds)
-    partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        partial = Path(scratch) / folder.name
+        partial.mkdir()
+        ids = np.lib.format.open_memmap(partial / "ids.npy", mode="w+", dtype=np.int32, shape=(int(bounds[-1]),))
+        for document, start in zip(rows["ids"], bounds, strict=False):
+            ids[start : start + len(document)] = document
+        ids.flush()
+        np.save(partial / "bounds.npy", bounds)
+        if not folder.exists():
+            with suppress(OSError):  # another run was quicker, with the same tokens
+                partial.rename(folder)
 
 
 def _fingerprint(paths: list[Path], column: str, tokenizer: PreTrainedTokenizerBase) -> str:
     digest = hashlib.sha256()
     for path in paths:
+        digest.update(f"{path.suffix} {path.stat().st_size} ".encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    digest.update(json.dumps([column, vocabulary, tokenizer.eos_token_id]).encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
+    digest.update(f"{column} {tokenizer.eos_token_id} {rules}".encode())
     return digest.hexdigest()[:16]
 
 

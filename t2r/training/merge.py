@@ -11,7 +11,7 @@ from t2r.evaluation import load_model
 from t2r.evaluation.loading import locate
 from t2r.training.config import load_config
 from t2r_conversion.record import read_record, write_record
-from t2r_conversion.writer import check_output, check_space, made_whole, small_files
+from t2r_conversion.writer import check_output, check_space, copy_small_files, made_whole
 
 CONFIG = "config.yaml"
 
@@ -30,7 +30,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
     run, out = Path(run), Path(out).absolute()
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run}: no {CONFIG}, so this is not the folder of a t2r train run")
-    if not (run / "adapter_config.json").is_file():
+    if not (run / "adapter_config.json").is_file() or "training" not in read_record(run):
         raise ValueError(f"{run}: the run is not finished; go on with: t2r train {run / CONFIG} --resume")
     base = load_config(run / CONFIG).model
     location, _ = locate(base)
@@ -40,10 +40,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
     model = merged_model(run, base)
     with made_whole(out) as partial:
         model.save_pretrained(partial)
-        for file in small_files(source):
-            target = partial / file.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+        copy_small_files(source, partial)
         write_record(partial, read_record(run))
         for report in run.glob("report.*"):
             shutil.copyfile(report, partial / report.name)

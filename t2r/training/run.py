@@ -4,6 +4,7 @@ import platform
 import resource
 import shutil
 import sys
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from rich.console import Console
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 
 import t2r
 from t2r.evaluation import load_model, load_tokenizer, read_text
@@ -24,6 +25,9 @@ from t2r.training.merge import CONFIG
 from t2r.training.report import write_report
 from t2r.training.trainer import T2RTrainer, training_arguments
 from t2r_conversion.record import read_record, write_record
+
+# The Trainer writes the state last.
+CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
 def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = False, overwrite: bool = False) -> dict:
@@ -46,8 +50,12 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
             is no number.
     """
     config = load_config(path, overrides)
+    if resume and overwrite:
+        raise ValueError("give either resume, which goes on with an earlier run, or overwrite, which deletes it")
+    if Path(config.model).is_dir():
+        config.model = str(Path(config.model).resolve())  # a merge may be called from another folder
     output, state = Path(config.output), PartialState()
-    if resume and read_record(output).get("training"):
+    if resume and is_finished(output):
         Console(stderr=True).print(f"{output}: finished already", highlight=False)
         return read_record(output)
     if config.eval.text:
@@ -69,18 +77,18 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         )
     trainer = T2RTrainer(add_adapters(model, config.lora), config, rows, args)
 
+    evaluator = Evaluator(config.eval, tokenizer, trainer.model, state) if config.eval.text else None
     state.wait_for_everyone()  # before the folder that everyone has checked changes
     if state.is_main_process:
         _begin_folder(config, overwrite)
     state.wait_for_everyone()
-    record = read_record(output) or read_record(config.model)
-    evaluator = Evaluator(config.eval, tokenizer, trainer.model, state) if config.eval.text else None
+    record = read_record(output) or _inherited(read_record(config.model))
     if evaluator and "evaluation" not in record:
         record["evaluation"] = evaluator.before()
         if state.is_main_process:
             write_record(output, record)
 
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if resume else None)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(output) if resume else None)
     trainer.model.save_pretrained(output, is_main_process=state.is_main_process)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
     if evaluator:
@@ -96,6 +104,28 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         Console(stderr=True).print(f"report: {write_report(output)}", highlight=False)
     state.wait_for_everyone()
     return record
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a folder holds a finetune that has come to its end."""
+    return (run / "adapter_config.json").is_file() and "training" in read_record(run)
+
+
+def _inherited(base: dict) -> dict:
+    """What a run's record takes over from its model's: the conversion, and what was made of it before."""
+    earlier = {key: base[key] for key in ("training", "evaluation", "earlier") if key in base}
+    return {key: base[key] for key in ("conversion",) if key in base} | ({"earlier": earlier} if earlier else {})
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint that is whole; one that a kill has torn is passed over."""
+    steps = {int(path.name.removeprefix("checkpoint-")): path for path in output.glob("checkpoint-*")}
+    for _, path in sorted(steps.items(), reverse=True):
+        missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
+        if not missing:
+            return str(path)
+        warnings.warn(f"{path} lacks {', '.join(missing)}; it is passed over", stacklevel=2)
+    return None
 
 
 def _check_folder(config: TrainConfig, resume: bool, overwrite: bool) -> None:

@@ -133,7 +133,8 @@ class _ProgressLine(TrainerCallback):
         self.progress.start()
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
-        control.should_log |= state.global_step >= state.max_steps  # the last steps count too
+        # What is not logged before a checkpoint would be missing in the resumed run's log; the last steps count too.
+        control.should_log |= control.should_save or state.global_step >= state.max_steps
         if self.progress:
             self.progress.update(self.task, completed=state.global_step)
 

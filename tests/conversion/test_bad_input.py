@@ -67,7 +67,7 @@ def test_index_that_names_the_wrong_shard(sharded):
     refuse(sharded, INDEX, "model.norm.weight")
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", '{"weight_map": {}}'])
+@pytest.mark.parametrize("content", ["[1]", "{", '{"weight_map": {}}', '{"weight_map": {"a": 5}}'])
 def test_index_that_is_no_index(sharded, content):
     (sharded / INDEX).write_text(content)
     refuse(sharded, INDEX)
@@ -106,7 +106,7 @@ def test_no_such_folder(tmp_path):
     refuse(tmp_path / "nowhere.gguf", "nowhere.gguf", "no such file")
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "no-such-model", None])
+@pytest.mark.parametrize("model_type", ["gpt2", "no-such-model", None, ["llama"]])
 def test_unsupported_family_is_refused_before_anything_else(source, model_type):
     edit(source / "config.json", model_type=model_type)
     (source / "model.safetensors").unlink()
@@ -118,10 +118,15 @@ def test_model_without_a_language_head(source):
     refuse(source, "LlamaForSequenceClassification", "LlamaForCausalLM")
 
 
-@pytest.mark.parametrize("change", [{"num_attention_heads": 5}, {"num_key_value_heads": 3}, {"hidden_size": "wide"}])
+@pytest.mark.parametrize("change", [{"num_attention_heads": 5}, {"num_key_value_heads": 3}, {"num_key_value_heads": 0}, {"hidden_size": "wide"}])
 def test_configuration_that_does_not_add_up(source, change):
     edit(source / "config.json", **change)
     refuse(source, next(iter(change)).removeprefix("num_").split("_")[0])
+
+
+def test_no_heads_at_all(source):
+    edit(source / "config.json", num_attention_heads=0)
+    refuse(source, "config.json", "zero")
 
 
 def test_all_wrong_tensors_at_once(source):

@@ -236,3 +236,16 @@ def test_source_is_left_as_it_was(tmp_path):
     convert(source, tmp_path / "out")
     for file in source.iterdir():
         assert file.read_bytes() == (tmp_path / "copy" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [("---\nlicense: mit\n---\nWords.", "mit"), ("No front matter.", None), ("---\n: [\n---\n", None)],
+)
+def test_the_licence_comes_from_the_sources_card(tmp_path, card, licence):
+    source = tiny.llama(tmp_path / "source")
+    (source / "README.md").write_text(card)
+    convert(source, tmp_path / "out", num_slots=8)
+    record = json.loads((tmp_path / "out" / "t2r_record.json").read_text())
+    assert record["conversion"]["license"] == licence
+    assert not (tmp_path / "out" / "README.md").exists()

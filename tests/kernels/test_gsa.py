@@ -176,6 +176,23 @@ def test_low_precision_inputs_keep_an_fp32_state():
     assert_close({"o": o.float()}, {"o": reference.float()}, 1e-2)
 
 
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_autocast_leaves_the_recurrence_in_fp32(backend):
+    tensors = [x.detach().float().requires_grad_() for x in case(40)]
+    expected = run(gsa, tensors, backend=backend)
+
+    def under_autocast(*args, **options):  # as in training: forward under it, backward not
+        with torch.autocast("cpu", torch.bfloat16):
+            return gsa(*args, **options)
+
+    actual = run(under_autocast, tensors, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        q, k, v, g, keys, values = (x.detach().clone() for x in tensors)
+        stepped, _ = gsa_step(q[:, :1], k[:, :1], v[:, :1], g[:, :1], (keys, values))
+    assert_close(actual, expected, 1e-6)
+    assert_close({"o": stepped}, {"o": expected["o"][:, :1]}, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from t2r.model import T2RCache
+from t2r.model.positions import Positions
 from tests.model.tiny import shake, sliding_teacher, student, teacher, tokens
 
 LAYERS = {
@@ -19,8 +20,10 @@ def no_grad():
         yield
 
 
-@pytest.fixture(params=LAYERS)
+@pytest.fixture(params=[*LAYERS, "paper start"])
 def model(request):
+    if request.param == "paper start":
+        return shake(student(start="paper"))
     return shake(student(layer_types=LAYERS[request.param]))
 
 
@@ -142,10 +145,45 @@ def test_bad_inputs_are_named():
         model(x, cu_seqlens=torch.tensor([0, 8]))
     with pytest.raises(ValueError, match="restart within several rows"):
         model(x, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * 2))
+    with pytest.raises(ValueError, match="padding between tokens"):
+        model(x, attention_mask=torch.tensor([[1] * 8, [1, 1, 0, 0, 1, 1, 1, 1]]))
     with pytest.raises(ValueError, match=r"attention_mask must be \[batch, tokens\]"):
         model(x, attention_mask=torch.ones(2, 1, 8, 8))
     with model.softmax_attention(), pytest.raises(ValueError, match="does not fit these layers"):
         model(x, past_key_values=T2RCache(model.config))
+
+
+def test_a_cache_of_inference_mode_serves_outside_it(model):
+    x = tokens(1, 20)
+    with torch.inference_mode():
+        cache = model(x[:, :19], use_cache=True).past_key_values
+    close(model(x[:, 19:], past_key_values=cache, use_cache=True).logits, model(x).logits[:, 19:])
+
+
+def test_layers_on_several_devices():
+    positions = Positions.resolve(torch.zeros(2, 5, 3), torch.ones(2, 5), None, None, 0).to("meta")
+    assert {x.device.type for x in (positions.ids, positions.offset, positions.padding)} == {"meta"}
+
+
+def test_paper_start_is_the_papers_layer():
+    """One attention layer, written out from the paper: arXiv 2409.07146, equations 9 to 11 and section 3.3."""
+    model, x = shake(student(start="paper")), torch.randn(1, 30, 48, generator=torch.Generator().manual_seed(0))
+    layer, config = model.model.layers[0].self_attn, model.config
+    positions = Positions.resolve(x, None, None, None, 0)
+    actual = layer(x, positions, model.model.rotary_emb(x, positions.ids), None, None)
+
+    silu = torch.nn.functional.silu
+    q, k, v = (silu(p(x)).unflatten(-1, (-1, 8))[0] for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    alpha = layer.f_proj(x).sigmoid().pow(1 / 8).unflatten(-1, (2, 16))[0]
+    keys, values, outputs = torch.zeros(2, 16, 8), torch.zeros(2, 16, 8), []
+    for t in range(30):
+        keys = alpha[t][..., None] * keys + (1 - alpha[t])[..., None] * k[t][:, None]
+        values = alpha[t][..., None] * values + (1 - alpha[t])[..., None] * v[t][:, None]
+        heads = [values[i // 3].T @ (keys[i // 3] @ q[t, i]).softmax(0) for i in range(6)]
+        outputs.append(silu(torch.cat(heads)))
+    o = torch.stack(outputs)
+    o = o * (o.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt() * layer.g_norm.weight
+    close(actual[0], layer.o_proj(o))
 
 
 def test_cached_teacher(model):

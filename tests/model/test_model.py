@@ -110,6 +110,11 @@ def test_gates_at_the_start_write_one_slot_and_keep_the_rest():
     [
         ({"num_slots": 4, "num_sinks": 4}, "num_sinks must be at least 0 and below num_slots"),
         ({"num_slots": 0}, "num_slots must be at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1"),
+        ({"gate_write_logit": float("nan")}, "gate_write_logit must be a finite number"),
+        ({"hidden_act": "nope"}, "'nope' is not an activation"),
+        ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, "rope_type 'nonsense'"),
         ({"start": "random"}, "'window' or 'paper'"),
         ({"num_key_value_heads": 4}, "must be a multiple"),
         ({"layer_types": ["linear_attention"] * 2}, "names 2 layers"),

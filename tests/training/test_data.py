@@ -59,6 +59,32 @@ def test_cached_until_text_or_tokenizer_change(tmp_path, tokenizer, cache):
     assert len(tokenise([file], "text", tokenizer).bounds) == 7
 
 
+def test_the_cache_tells_files_apart(tmp_path, tokenizer):
+    for name, text in (("x.txt", "the cat"), ("y.txt", " sat"), ("xy.txt", "the cat sat")):
+        (tmp_path / name).write_text(text)
+    apart = tokenise([str(tmp_path / "x.txt"), str(tmp_path / "y.txt")], "text", tokenizer)
+    together = tokenise([str(tmp_path / "xy.txt")], "text", tokenizer)
+    assert (len(apart.bounds), len(together.bounds)) == (3, 2)
+    rows = tmp_path / "a.jsonl"
+    tokenise([write(rows, ["the", "cat"])], "text", tokenizer)
+    rows.rename(tmp_path / "a.txt")
+    assert len(tokenise([str(tmp_path / "a.txt")], "text", tokenizer).bounds) == 2
+
+
+def test_two_runs_at_once_share_the_cache(tmp_path, tokenizer, cache, monkeypatch):
+    file = write(tmp_path / "a.jsonl", documents(5))
+    save = np.save
+
+    def another_is_quicker(*args):
+        monkeypatch.setattr(np, "save", save)
+        tokenise([file], "text", tokenizer)
+        save(*args)
+
+    monkeypatch.setattr(np, "save", another_is_quicker)
+    assert len(tokenise([file], "text", tokenizer).bounds) == 6
+    assert len(list(cache.iterdir())) == 1  # and nothing half-written beside it
+
+
 class _Spy:
     def __init__(self, tokenizer, calls):
         self.tokenizer, self.calls = tokenizer, calls
@@ -80,6 +106,9 @@ class _Spy:
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "not readable as json"),
         ("a.jsonl", b"{oops\n", "not readable as json"),
         ("a.jsonl", b'{"body": "x"}\n', "no column 'text'; it has body"),
+        ("a.jsonl", b'{"text": 5}\n', "holds int64, not text"),
+        ("a.jsonl", b'{"text": ["a", "b"]}\n', "not text. Set data.column"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', "a.jsonl: "),
         ("a.csv", b"a,b\n", "not .csv"),
         ("a.jsonl", b'{"text": ""}\n', "hold no text"),
     ],

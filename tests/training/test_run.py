@@ -48,8 +48,18 @@ def test_a_run_from_beginning_to_end(config, tmp_path):
     assert f"| **all** | {evaluation['before']['teacher']:.2f} | {evaluation['before']['student']:.2f} |" in report
 
 
-def test_resumed_is_uninterrupted_bit_for_bit(config, tmp_path, monkeypatch):
-    whole = run(config, ["lora.dropout=0.2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["lora.dropout=0.2"],
+        ["log_every=3"],
+        ["steps=12", "batch_size=5"],  # several passes over the rows
+        ["gradient_accumulation=2"],
+    ],
+    ids=" ".join,
+)
+def test_resumed_is_uninterrupted_bit_for_bit(config, tmp_path, monkeypatch, options):
+    whole = run(config, options)
     shutil.rmtree(tmp_path / "run")
 
     def killed(*_args, **_kwargs):
@@ -58,22 +68,29 @@ def test_resumed_is_uninterrupted_bit_for_bit(config, tmp_path, monkeypatch):
     step = t2r.training.trainer.T2RTrainer.training_step
     calls = []
 
-    def dies_in_the_fourth(self, *args, **kwargs):
+    def dies_in_the_sixth(self, *args, **kwargs):
         calls.append(1)
-        return killed() if len(calls) == 4 else step(self, *args, **kwargs)
+        return killed() if len(calls) == 6 else step(self, *args, **kwargs)
 
-    monkeypatch.setattr(t2r.training.trainer.T2RTrainer, "training_step", dies_in_the_fourth)
+    monkeypatch.setattr(t2r.training.trainer.T2RTrainer, "training_step", dies_in_the_sixth)
     with pytest.raises(KeyboardInterrupt):
-        run(config, ["lora.dropout=0.2"])
+        run(config, options)
     monkeypatch.setattr(t2r.training.trainer.T2RTrainer, "training_step", step)
-    resumed = run(config, ["lora.dropout=0.2"], resume=True)
+    checkpoints = sorted((tmp_path / "run").glob("checkpoint-*"))
+    if len(checkpoints) > 1:  # the kill has torn the last one: the one before it serves
+        (checkpoints[-1] / "trainer_state.json").unlink()
+        with pytest.warns(UserWarning, match=r"checkpoint-4 lacks trainer_state\.json; it is passed over"):
+            resumed = run(config, options, resume=True)
+    else:
+        resumed = run(config, options, resume=True)
     assert losses(resumed) == losses(whole)
     assert [e["grad_norm"] for e in resumed["history"]] == [e["grad_norm"] for e in whole["history"]]
-    assert len(losses(whole)) == 6
+    assert [e["step"] for e in resumed["history"]] == [e["step"] for e in whole["history"]]
 
 
 def test_the_last_steps_are_logged_too(config):
-    assert [entry["step"] for entry in run(config, ["log_every=4"])["history"]] == [4, 6]
+    options = ["log_every=4", "save_every=100"]
+    assert [entry["step"] for entry in run(config, options)["history"]] == [4, 6]
 
 
 def test_a_finished_run_is_not_run_again(config):
@@ -145,6 +162,45 @@ def test_merge_says_when_the_base_is_gone(config, tmp_path):
         merge(tmp_path / "run", tmp_path / "out")
 
 
+def test_merge_from_another_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(config, ["model=model", "output=run", "steps=1"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    merge(tmp_path / "run", "merged")
+    assert (tmp_path / "elsewhere" / "merged" / "model.safetensors").is_file()
+
+
+def test_a_finetune_of_a_finetune_has_a_record_of_its_own(config, tmp_path, monkeypatch):
+    evaluated = [f"eval.text={tmp_path / 'heldout.txt'}", "eval.window=48", "eval.limit=2"]
+    first = run(config, evaluated)
+    merge(tmp_path / "run", tmp_path / "merged")
+    options = [f"model={tmp_path / 'merged'}", f"output={tmp_path / 'second'}", "steps=4"]
+    monkeypatch.setattr(t2r.training.trainer.T2RTrainer, "train", lambda *_args, **_kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # killed: not finished, whatever the model's record says
+        run(config, [*options, *evaluated])
+    monkeypatch.undo()
+    monkeypatch.setenv("T2R_CACHE", str(tmp_path / "cache"))
+    second = run(config, [*options, *evaluated], resume=True)
+    assert second["training"]["steps"] == 4
+    assert second["conversion"] == {"source": "tiny"}
+    assert second["earlier"]["training"] == first["training"]
+    assert second["evaluation"]["before"] != first["evaluation"]["before"]
+
+
+def test_finetune_in_bfloat16_with_evaluation(config, tmp_path):
+    record = run(config, ["dtype=bfloat16", f"eval.text={tmp_path / 'heldout.txt'}", "eval.window=48", "eval.limit=2"])
+    assert record["training"]["dtype"] == "bfloat16"
+    merge(tmp_path / "run", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}  # the base model's own
+
+
+def test_resume_or_overwrite(config):
+    with pytest.raises(ValueError, match="give either resume"):
+        run(config, resume=True, overwrite=True)
+
+
 def test_output_folders_are_safe(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
@@ -166,7 +222,11 @@ def test_a_loss_that_is_no_number_stops(config, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["lora.targets=[q_prj]"], "lora.targets: q_prj not in the model; it has .*q_proj"),
+        (["lora.targets=[q_prj]"], "lora.targets: q_prj cannot have adapters; choose from .*q_proj"),
+        (["lora.targets=[lm_head]"], "lora.targets: lm_head cannot have adapters"),
+        (["lora.targets=[q_proj,f_proj]"], "lora.targets: f_proj cannot have adapters"),
+        (["eval.text=train.jsonl", "eval.window=1"], "window must be at least 2|no such text"),
+        (["optim.lr=-1"], "optim.lr must not be negative"),
         (["eval.text=none.txt"], "no such text file"),
         (["data.sequence_length=100000"], "less than one row"),
         (["model=nowhere/model/at/all"], "no such folder"),
