@@ -77,8 +77,18 @@ def test_finetune_in_bfloat16(tmp_path, monkeypatch):
     if "T2R_CACHE" not in os.environ:
         monkeypatch.setenv("T2R_CACHE", str(tmp_path / "cache"))
     config = workspace(tmp_path)
-    record = run(config, ["steps=30", "loss.cross_entropy=1", "loss.distill=0"])
+    evaluated = [f"eval.text={tmp_path / 'heldout.txt'}", "eval.window=48", "eval.limit=2"]
+    record = run(config, ["steps=30", "loss.cross_entropy=1", "loss.distill=0.1", *evaluated])
     losses = [entry["loss"] for entry in record["history"]]
     assert record["training"]["dtype"] == "bfloat16"
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert record["evaluation"]["after"]["student"] < record["evaluation"]["before"]["student"]
     merge(tmp_path / "run", tmp_path / "merged")
+
+
+def test_operator_is_fp32_under_autocast():
+    q, k, v, g, *_ = (x.detach().float().cuda() for x in case(200, D=64, Dv=64, M=64))
+    expected, _ = gsa(q, k, v, g, backend="torch")
+    with torch.autocast("cuda", torch.bfloat16):
+        actual, _ = gsa(q, k, v, g, backend="torch")
+    assert torch.equal(actual, expected)

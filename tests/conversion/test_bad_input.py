@@ -118,7 +118,10 @@ def test_model_without_a_language_head(source):
     refuse(source, "LlamaForSequenceClassification", "LlamaForCausalLM")
 
 
-@pytest.mark.parametrize("change", [{"num_attention_heads": 5}, {"num_key_value_heads": 3}, {"num_key_value_heads": 0}, {"hidden_size": "wide"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"num_attention_heads": 5}, {"num_key_value_heads": 3}, {"num_key_value_heads": 0}, {"hidden_size": "wide"}],
+)
 def test_configuration_that_does_not_add_up(source, change):
     edit(source / "config.json", **change)
     refuse(source, next(iter(change)).removeprefix("num_").split("_")[0])

@@ -40,6 +40,6 @@ def test_8192_tokens_forward_and_backward_stay_within_2_gib():
 
 
 def test_memory_grows_with_the_tensors_only():
-    # 24,576 more tokens of q, k, v, g, o and their gradients in fp32, with room for layout copies, are about
-    # 1.5 GiB; the [C, C, M] weights of these tokens would be another 4.5 GiB at the least.
-    assert peak_mib(32768) - peak_mib(8192) < 2560
+    # 24,576 more tokens of q, k, v, g, o, their gradients and copies laid out in chunks were 917 MiB when measured;
+    # the [C, C, M] weights of these tokens would be another 4.5 GiB at the least.
+    assert peak_mib(32768) - peak_mib(8192) < 1280
