@@ -56,7 +56,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         config.model = str(Path(config.model).resolve())  # a merge may be called from another folder
     output, state = Path(config.output), PartialState()
     if resume and is_finished(output):
-        Console(stderr=True).print(f"{output}: finished already", highlight=False)
+        Console(stderr=True).print(f"{output}: finished already; report: {output / 'report.md'}", highlight=False)
         return read_record(output)
     if config.eval.text:
         read_text(config.eval.text)  # better to fail now than after the model is loaded
