@@ -65,7 +65,7 @@ def check_output(out: Path, source: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     if not overwrite:
-        raise ValueError(f"{out}: exists already; choose another folder or overwrite it")
+        raise ValueError(f"{out}: exists already; choose another folder, or --overwrite to replace it")
     if not (out / "config.json").is_file():
         raise ValueError(f"{out}: not a model's folder (no config.json), so not overwritten; choose another")
     if source.resolve().is_relative_to(out.resolve()):

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from t2r.cli.console import note
 from t2r.cli.options import Overwrite
 
 
@@ -19,4 +20,8 @@ def train(
     """Finetune a converted model."""
     import t2r.training
 
-    t2r.training.run(config, overrides or [], resume=resume, overwrite=overwrite)
+    try:
+        t2r.training.run(config, overrides or [], resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        note("interrupted; the same command with --resume goes on from the last checkpoint")
+        raise

@@ -1,6 +1,7 @@
 """Upload a model folder to the Hugging Face Hub: the model's files and nothing else."""
 
 import glob
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,9 +73,11 @@ def push(
         commit_message: title of the commit.
 
     Raises:
-        ValueError: the folder holds no model or training state, `repo` is public against `private`, or the Hub
-            cannot be reached or refuses.
+        ValueError: `repo` is no such name, the folder holds no model or training state, `repo` is public against
+            `private`, or the Hub cannot be reached or refuses.
     """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ValueError(f"{repo!r} is not the name of a repository on the Hub; give OWNER/NAME")
     folder = Path(folder)
     names = files_to_push(folder)
     card = own_card(folder) or build_card(folder, repo)

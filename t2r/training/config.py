@@ -180,7 +180,7 @@ def _one_line(error: OmegaConfBaseException) -> str:
     """OmegaConf's message with the key's full name, without its lines about types."""
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
-    return f"{message} (at {key})" if key and "." in key else message
+    return message if not key or f"'{key}'" in message else f"{message} (at {key})"
 
 
 def _check(config: TrainConfig, path: Path) -> None:

@@ -53,6 +53,8 @@ class Evaluator:
 
     def _nlls(self, model: torch.nn.Module, label: str) -> Tensor:
         console = Console(stderr=True)
+        if not console.is_terminal:
+            console.print(f"evaluating {label}: {len(self.windows)} windows", highlight=False)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"evaluate {label}", total=len(self.windows))
             return window_nlls(model, self.windows, progress=lambda done, _: progress.update(task, completed=done))

@@ -73,7 +73,8 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     model = load_model(config.model, dtype=dtype, device=str(state.device))
     if not isinstance(model, T2RForCausalLM):
         raise ValueError(
-            f"{config.model}: a {model.config.model_type} model; convert it first: t2r convert {config.model}"
+            f"{config.model}: a {model.config.model_type} model; "
+            f"convert it first (t2r convert {config.model} -o OUT) and set model: OUT"
         )
     trainer = T2RTrainer(add_adapters(model, config.lora), config, rows, args)
 
@@ -82,23 +83,30 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     if state.is_main_process:
         _begin_folder(config, overwrite)
     state.wait_for_everyone()
-    record = read_record(output) or _inherited(read_record(config.model))
+    record = (read_record(output) if resume else {}) or _inherited(read_record(config.model))
     if evaluator and "evaluation" not in record:
         record["evaluation"] = evaluator.before()
         if state.is_main_process:
             write_record(output, record)
 
-    trainer.train(resume_from_checkpoint=_last_checkpoint(output) if resume else None)
+    checkpoint = _last_checkpoint(output) if resume else None
+    if resume and state.is_main_process:
+        Console(stderr=True).print(
+            f"going on from {checkpoint or 'the start: there is no checkpoint'}", highlight=False
+        )
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.model.save_pretrained(output, is_main_process=state.is_main_process)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
-    if evaluator:
-        record["evaluation"] |= evaluator.after()
     record["history"] = [
         {key: entry[key] for key in ("step", "loss", "tokens_per_second", "learning_rate", "grad_norm") if key in entry}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
     record["training"] = _summary(config, trainer, rows, record["history"], dtype)
+    if evaluator:
+        if state.is_main_process:
+            write_record(output, record)  # a kill from here on costs the last table alone
+        record["evaluation"] |= evaluator.after()
     if state.is_main_process:
         write_record(output, record)
         Console(stderr=True).print(f"report: {write_report(output)}", highlight=False)
@@ -108,7 +116,9 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
 
 def is_finished(run: Path) -> bool:
     """Whether a folder holds a finetune that has come to its end."""
-    return (run / "adapter_config.json").is_file() and "training" in read_record(run)
+    record = read_record(run)
+    evaluated = "after" in record.get("evaluation", {"after": None})
+    return (run / "adapter_config.json").is_file() and "training" in record and evaluated
 
 
 def _inherited(base: dict) -> dict:
@@ -134,7 +144,8 @@ def _check_folder(config: TrainConfig, resume: bool, overwrite: bool) -> None:
         return
     if not (output / CONFIG).is_file():
         raise ValueError(f"{output}: not empty and no t2r train run; choose another output")
-    if not (resume or overwrite):
+    started = any(output.glob("checkpoint-*")) or (output / "adapter_config.json").is_file()
+    if started and not (resume or overwrite):
         raise ValueError(f"{output}: holds a run already; --resume goes on with it, --overwrite deletes it")
     if resume and (changed := _differences(as_dict(load_config(output / CONFIG)), as_dict(config))):
         Console(stderr=True).print(f"warning: resuming with changes to the run's configuration: {', '.join(changed)}")

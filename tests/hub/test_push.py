@@ -144,3 +144,10 @@ def test_an_adapter_is_refused(folder):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="is a finetune run"):
         push(folder, "me/tiny", dry_run=True)
+
+
+@pytest.mark.parametrize("repo", ["name", "a/b/c", "bad repo!!/x", ""])
+def test_names_that_no_repository_has(tmp_path, repo):
+    tiny_t2r(tmp_path)
+    with pytest.raises(ValueError, match="give OWNER/NAME"):
+        push(tmp_path, repo, dry_run=True)

@@ -15,6 +15,7 @@ import t2r.training.trainer
 from t2r.training import merge, run
 from t2r.training.adapters import add_adapters, parameter_groups, teacher
 from t2r.training.config import LoraConfig, OptimConfig
+from t2r.training.evaluator import Evaluator
 from tests.model.tiny import shake, student, tokens
 from tests.model.tiny import teacher as tiny_teacher
 from tests.training.tiny import workspace
@@ -194,6 +195,26 @@ def test_finetune_in_bfloat16_with_evaluation(config, tmp_path):
     merge(tmp_path / "run", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert {p.dtype for p in merged.parameters()} == {torch.float32}  # the base model's own
+
+
+def test_a_kill_during_the_last_evaluation_costs_that_alone(config, tmp_path, monkeypatch):
+    evaluated = [f"eval.text={tmp_path / 'heldout.txt'}", "eval.window=48", "eval.limit=2"]
+    monkeypatch.setattr(Evaluator, "after", lambda _self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(config, evaluated)
+    merge(tmp_path / "run", tmp_path / "merged")
+    monkeypatch.undo()
+    monkeypatch.setenv("T2R_CACHE", str(tmp_path / "cache"))
+    record = run(config, evaluated, resume=True)
+    assert len(losses(record)) == 6
+    assert "after" in record["evaluation"]
+
+
+def test_a_folder_without_a_checkpoint_is_started_afresh(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(config, tmp_path / "run" / "config.yaml")
+    (tmp_path / "run" / "t2r_record.json").write_text('{"evaluation": {"before": {}}}')
+    assert "evaluation" not in run(config)
 
 
 def test_resume_or_overwrite(config):
