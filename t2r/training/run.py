@@ -12,6 +12,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from rich.console import Console
+from transformers import TrainerState
 from transformers.trainer_utils import set_seed
 
 import t2r
@@ -94,7 +95,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         Console(stderr=True).print(
             f"going on from {checkpoint or 'the start: there is no checkpoint'}", highlight=False
         )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    _train(trainer, checkpoint)
     trainer.model.save_pretrained(output, is_main_process=state.is_main_process)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
     record["history"] = [
@@ -114,6 +115,15 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     return record
 
 
+def _train(trainer: T2RTrainer, checkpoint: Path | None) -> None:
+    if checkpoint is None or _step(checkpoint) < trainer.args.max_steps:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return
+    # All steps are taken, and the Trainer would take one more.
+    trainer.model.load_adapter(str(checkpoint), trainer.model.active_adapter, is_trainable=True)
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
 def is_finished(run: Path) -> bool:
     """Whether a folder holds a finetune that has come to its end."""
     record = read_record(run)
@@ -127,15 +137,18 @@ def _inherited(base: dict) -> dict:
     return {key: base[key] for key in ("conversion",) if key in base} | ({"earlier": earlier} if earlier else {})
 
 
-def _last_checkpoint(output: Path) -> str | None:
+def _last_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint that is whole; one that a kill has torn is passed over."""
-    steps = {int(path.name.removeprefix("checkpoint-")): path for path in output.glob("checkpoint-*")}
-    for _, path in sorted(steps.items(), reverse=True):
+    for path in sorted(output.glob("checkpoint-*"), key=_step, reverse=True):
         missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
         if not missing:
-            return str(path)
+            return path
         warnings.warn(f"{path} lacks {', '.join(missing)}; it is passed over", stacklevel=2)
     return None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _check_folder(config: TrainConfig, resume: bool, overwrite: bool) -> None:
