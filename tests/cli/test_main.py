@@ -151,7 +151,8 @@ def test_a_command_s_own_exit_code_stays(command):
 
 def test_interruption_is_130(script):
     script.write_text(
-        "import time\nfrom t2r.cli.main import app, main\n"
+        "import signal, time\nfrom t2r.cli.main import app, main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job inherits it ignored
         "@app.command()\ndef wait():\n    print('ready', flush=True)\n    time.sleep(60)\nmain()\n"
     )
     environment = BARE | {"PYTHONPATH": os.pathsep.join(sys.path)}
