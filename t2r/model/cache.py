@@ -65,9 +65,9 @@ class SlotCacheLayer(CacheLayerMixin):
         """A state cannot be rolled back.
 
         Raises:
-            NotImplementedError: always.
+            RuntimeError: always, as transformers' own recurrent layers do.
         """
-        raise NotImplementedError(
+        raise RuntimeError(
             f"cannot remove {abs(tokens_to_remove)} tokens: a recurrent state keeps no tokens to go back to"
         )
 
@@ -88,8 +88,3 @@ class T2RCache(Cache):
             "sliding_attention": lambda: DynamicSlidingWindowLayer(config.sliding_window),
         }
         super().__init__(layers=[make[kind]() for kind in self.layer_types])
-
-    def state_bytes(self) -> int:
-        """Bytes held now, over all layers and sequences."""
-        tensors = [x for layer in self.layers for x in (layer.keys, layer.values) if torch.is_tensor(x)]
-        return sum(x.numel() * x.element_size() for x in tensors)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from t2r.evaluation.generate import cache_bytes
 from t2r.model import T2RCache
 from t2r.model.positions import Positions
 from tests.model.tiny import shake, sliding_teacher, student, teacher, tokens
@@ -106,7 +107,7 @@ def test_cached_in_pieces_is_whole(model, lengths):
 
 def test_state_does_not_grow():
     model = student()
-    sizes = {in_pieces(model, tokens(1, n), [n])[1].state_bytes() for n in (1, 5, 100)}
+    sizes = {cache_bytes(in_pieces(model, tokens(1, n), [n])[1]) for n in (1, 5, 100)}
     assert sizes == {4 * model.config.state_elements()}
 
 

@@ -87,5 +87,5 @@ def test_other_cache_kinds_are_refused(model):
 
 def test_cropping_is_refused():
     cache = T2RCache(student().config)
-    with pytest.raises(NotImplementedError, match="recurrent state"):
+    with pytest.raises(RuntimeError, match="recurrent state"):
         cache.crop(-1)
