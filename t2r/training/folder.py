@@ -1,0 +1,73 @@
+"""A run's folder: what may be written, where to go on from, and whether it has come to its end."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+
+from t2r.training.config import TrainConfig, as_dict, load_config, save_config
+from t2r_conversion.record import read_record
+
+CONFIG = "config.yaml"
+# The Trainer writes the state last.
+CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a folder holds a finetune that has come to its end."""
+    record = read_record(run)
+    evaluated = "after" in record.get("evaluation", {"after": None})
+    return (run / "adapter_config.json").is_file() and "training" in record and evaluated
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that is whole; one that a kill has torn is passed over."""
+    for path in sorted(output.glob("checkpoint-*"), key=step_of, reverse=True):
+        missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
+        if not missing:
+            return path
+        warnings.warn(f"{path} lacks {', '.join(missing)}; it is passed over", stacklevel=2)
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps that a checkpoint has behind it."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def check_folder(config: TrainConfig, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder that may not be written. Warns when a resumed run's configuration has changed.
+
+    Raises:
+        ValueError: it holds something else, or a run that is to be neither resumed nor overwritten.
+    """
+    output = Path(config.output)
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not (output / CONFIG).is_file():
+        raise ValueError(f"{output}: not empty and no t2r train run; choose another output")
+    started = any(output.glob("checkpoint-*")) or (output / "adapter_config.json").is_file()
+    if started and not (resume or overwrite):
+        raise ValueError(f"{output}: holds a run already; --resume goes on with it, --overwrite deletes it")
+    if resume and (changed := _differences(as_dict(load_config(output / CONFIG)), as_dict(config))):
+        Console(stderr=True).print(f"warning: resuming with changes to the run's configuration: {', '.join(changed)}")
+
+
+def begin_folder(config: TrainConfig, overwrite: bool) -> None:
+    """Make the folder, emptied first with `overwrite`, and write the resolved configuration into it."""
+    output = Path(config.output)
+    if overwrite and output.exists():
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    save_config(config, output / CONFIG)
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    changed = []
+    for key, value in new.items():
+        if isinstance(value, dict):
+            changed += _differences(old[key], value, f"{prefix}{key}.")
+        elif value != old[key]:
+            changed.append(f"{prefix}{key} {old[key]} → {value}")
+    return changed
