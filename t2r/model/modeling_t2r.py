@@ -27,7 +27,7 @@ from t2r_kernels import gsa, gsa_step
 from .cache import T2RCache
 from .configuration_t2r import LINEAR_ATTENTION, T2RConfig
 from .positions import Positions
-from .starts import STARTS, log_gate
+from .starts import STARTS, gate_of, slot_schedule
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -72,6 +72,7 @@ class T2RAttention(nn.Module):
         self,
         hidden_states: Tensor,  # [B, T, hidden]
         positions: Positions,
+        slots: Tensor,  # [B, T], the slot that each token takes over
         rope: tuple[Tensor, Tensor],  # cos and sin, [B, T, D]
         attention_mask: Tensor | None,  # of this layer's kind, for softmax
         past_key_values: T2RCache | None,
@@ -83,22 +84,20 @@ class T2RAttention(nn.Module):
         k = self.k_proj(hidden_states).view(B, T, -1, self.head_dim)  # [B, T, H, D]
         v = self.v_proj(hidden_states).view(B, T, -1, self.head_dim)  # [B, T, H, D]
         if self.kind == LINEAR_ATTENTION:
-            o = self._slots(hidden_states, q, k, v, positions, rope, past_key_values)
+            o = self._slots(hidden_states, q, k, v, positions, slots, rope, past_key_values)
         else:
             o = self._softmax(q, k, v, rope, attention_mask, past_key_values, position_ids=positions.ids, **kwargs)
         return self.o_proj(o)
 
-    def _slots(self, hidden_states, q, k, v, positions, rope, past_key_values) -> Tensor:
+    def _slots(self, hidden_states, q, k, v, positions, slots, rope, past_key_values) -> Tensor:
         start, config = self.start, self.config
         if start.rope:
             q, k = apply_rotary_pos_emb(q, k, *rope, unsqueeze_dim=2)
         if start.swish:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         logits = self.f_proj(hidden_states).unflatten(-1, (-1, config.num_slots))  # [B, T, H, M]
-        g = log_gate(logits, positions.ids, config)  # [B, T, H, M]
-        if positions.padding is not None:
-            g = g.masked_fill(positions.padding[..., None, None], 0.0)  # keeps everything, writes nothing
         options = {
+            "gate": gate_of(slots, config),
             "scale": start.scale,
             "hide_unwritten": start.hide_unwritten,
             "position_offset": positions.offset,
@@ -106,10 +105,10 @@ class T2RAttention(nn.Module):
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         state = None if layer is None else layer.state
         if state is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
-            o, state = gsa_step(q, k, v, g, state, **options)
+            o, state = gsa_step(q, k, v, logits, state, **options)
         else:
             o, state = gsa(
-                q, k, v, g,
+                q, k, v, logits,
                 initial_state=state, output_final_state=layer is not None, cu_seqlens=positions.cu_seqlens, **options,
             )  # fmt: skip
         if layer is not None:
@@ -247,10 +246,12 @@ class T2RModel(T2RPreTrainedModel):
             past_key_values = T2RCache(self.config, self.layer_kinds)
         masks = self._softmax_masks(hidden_states, attention_mask, positions, past_key_values)
         rope = self.rotary_emb(hidden_states, position_ids=positions.ids)
+        slots = slot_schedule(positions, self.config)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 positions=positions,
+                slots=slots,
                 rope=rope,
                 attention_mask=masks.get(layer.self_attn.kind),
                 past_key_values=past_key_values,

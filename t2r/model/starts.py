@@ -8,10 +8,12 @@ softmax attention over the first `num_sinks` tokens and the last `num_slots - nu
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from t2r_kernels import Gate
+
 from .configuration_t2r import T2RConfig
+from .positions import Positions
 
 
 @dataclass(frozen=True)
@@ -90,21 +92,23 @@ def window_schedule(position: Tensor, num_slots: int, num_sinks: int) -> Tensor:
     return torch.where(position < num_sinks, position, ring).to(torch.int32)
 
 
-def log_gate(logits: Tensor, position: Tensor, config: T2RConfig) -> Tensor:
-    """Log forget gates from the gate projection's output.
+def slot_schedule(positions: Positions, config: T2RConfig) -> Tensor:
+    """The slot that each token takes over: `[B, T]` int32, -1 where a place holds no token."""
+    if config.start == "window":
+        slot = window_schedule(positions.ids, config.num_slots, config.num_sinks)
+    else:
+        slot = torch.zeros_like(positions.ids, dtype=torch.int32)
+    return slot if positions.padding is None else slot.masked_fill(positions.padding, -1)
+
+
+def gate_of(slot: Tensor, config: T2RConfig) -> Gate:
+    """How a layer's gate logits become log gates.
 
     Args:
-        logits: `[B, T, H, M]`.
-        position: position of each token in its own document, `[B, T]`. Only the window start reads it.
+        slot: `[B, T]` int32, see `slot_schedule`.
         config: the model's configuration.
-
-    Returns:
-        `[B, T, H, M]`, fp32, at most 0.
     """
-    logits = logits.float()
+    slot = slot.unsqueeze(-1).expand(*slot.shape, config.num_key_value_heads)  # [B, T, H]
     if config.start == "paper":
-        return F.logsigmoid(logits) / config.gate_logit_normalizer
-    slot = window_schedule(position, config.num_slots, config.num_sinks)  # [B, T]
-    scheduled = torch.arange(config.num_slots, device=slot.device) == slot[..., None]  # [B, T, M]
-    base = torch.where(scheduled, -config.gate_write_logit, config.gate_keep_logit)  # [B, T, M]
-    return F.logsigmoid(logits + base.unsqueeze(2))
+        return Gate(slot, normalizer=config.gate_logit_normalizer)
+    return Gate(slot, config.gate_write_logit, config.gate_keep_logit)

@@ -32,7 +32,8 @@ def run(gsa, tensors, *, s=None, **options):
     o, state = gsa(q, k, v, g, s=s, initial_state=SlotState(keys, values), output_final_state=True, **options)
     results = {"o": o, "keys": state.keys, "values": state.values}
     generator = torch.Generator().manual_seed(1)
-    loss = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in results.values())
+    cotangents = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in results.values())
+    loss = sum((x * cotangent).sum() for x, cotangent in zip(results.values(), cotangents, strict=True))
     inputs = dict(zip(["q", "k", "v", "g", "k0", "v0"], tensors, strict=True)) | ({} if s is None else {"s": s})
     gradients = torch.autograd.grad(loss, list(inputs.values()))
     return results | {f"d{name}": x for name, x in zip(inputs, gradients, strict=True)}
@@ -48,3 +49,21 @@ def assert_close(actual, expected, tolerance):
         scale = 1.0 if want.dtype == torch.float64 else max(want.abs().max().item(), 0.1)
         error = (actual[name].to(want.dtype) - want).abs().max().item() if want.numel() else 0.0
         assert error <= tolerance * scale, f"{name}: error {error:.3g}, scale {scale:.3g}"
+
+
+def double(tensors):
+    """Copies in fp64, wanting gradients."""
+    return [x.detach().double().requires_grad_() for x in tensors]
+
+
+def assert_near(actual, expected, tolerance, terms=1e-2):
+    """Every named tensor within `tolerance` of the expected one's norm.
+
+    Where what is expected is less than a millionth an element (a gradient that cancels), within `tolerance` of
+    terms of that size an element.
+    """
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        floor = terms * want.numel() ** 0.5 if want.norm() < 1e-6 * want.numel() ** 0.5 else want.norm().item()
+        error = (actual[name].to(want) - want).norm().item() / max(floor, 1e-30)
+        assert error <= tolerance, f"{name}: error {error:.3g} of the norm"

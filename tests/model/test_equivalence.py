@@ -6,6 +6,7 @@ import torch
 from t2r.evaluation.generate import cache_bytes
 from t2r.model import T2RCache
 from t2r.model.positions import Positions
+from t2r.model.starts import slot_schedule
 from tests.model.tiny import shake, sliding_teacher, student, teacher, tokens
 
 LAYERS = {
@@ -171,7 +172,8 @@ def test_paper_start_is_the_papers_layer():
     model, x = shake(student(start="paper")), torch.randn(1, 30, 48, generator=torch.Generator().manual_seed(0))
     layer, config = model.model.layers[0].self_attn, model.config
     positions = Positions.resolve(x, None, None, None, 0)
-    actual = layer(x, positions, model.model.rotary_emb(x, positions.ids), None, None)
+    slots = slot_schedule(positions, config)
+    actual = layer(x, positions, slots, model.model.rotary_emb(x, positions.ids), None, None)
 
     silu = torch.nn.functional.silu
     q, k, v = (silu(p(x)).unflatten(-1, (-1, 8))[0] for p in (layer.q_proj, layer.k_proj, layer.v_proj))

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from t2r.model import STARTS, T2RConfig, T2RForCausalLM, T2RModel, new_parameters
-from t2r.model.starts import log_gate, window_schedule
+from t2r.model.starts import gate_of, window_schedule
+from t2r_kernels import log_gate
 from tests.model.tiny import SHAPE, shake, student, tokens
 
 
@@ -97,8 +98,8 @@ def test_schedule_fills_the_sinks_once_and_then_goes_round():
 
 def test_gates_at_the_start_write_one_slot_and_keep_the_rest():
     config = T2RConfig(**SHAPE, num_slots=5, num_sinks=2)
-    g = log_gate(torch.zeros(1, 6, 2, 5), torch.arange(6)[None], config)
-    alpha = g.exp()[0, :, 0]
+    gate = gate_of(window_schedule(torch.arange(6)[None], 5, 2), config)
+    alpha = log_gate(torch.zeros(1, 6, 2, 5), gate).exp()[0, :, 0]
     written = alpha < 0.5
     assert written.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 4, 2]
     assert alpha[written].max().item() == pytest.approx(torch.tensor(-config.gate_write_logit).sigmoid().item())
