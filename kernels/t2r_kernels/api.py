@@ -81,7 +81,7 @@ def gsa(
     backend = resolve_backend(backend, q.device.type, _refusal(q, k, v, g))
     offsets = _offsets(position_offset, n, q.device) if hide_unwritten or backend != "triton" else None
     if backend == "triton" and q.shape[1]:
-        o, keys, values = ops.gsa_op(
+        o, keys, values = ops.whole(
             q, k, v, g, s, None if gate is None else gate.slot, *(state or (None, None)), cu_seqlens, offsets, scale,
             *_gate_scalars(gate), output_final_state,
         )  # fmt: skip
@@ -154,7 +154,7 @@ def gsa_step(
     backend = resolve_backend(backend, q.device.type, refusal)
     positions = _offsets(position_offset, B, q.device) if hide_unwritten else None
     if backend == "triton":
-        o = ops.gsa_step_op(
+        o = ops.token(
             q, k, v, g, s, None if gate is None else gate.slot, positions, *state, scale, *_gate_scalars(gate)
         )
         return o, state

@@ -89,6 +89,13 @@ def test_fused_gate(normalizer, chunk):
     assert_near(run(gsa, tensors, gate=gate, backend="torch"), expected, 1e-4)
 
 
+def test_half_precision_inputs(chunk):
+    """Read as they are, computed in fp32 (tf32 on a GPU): bf16 is for real tensor cores alone."""
+    tensors = case(40, B=1, HQ=2, H=1, dtype=torch.float32)
+    tensors[:3] = [x.detach().half().requires_grad_() for x in tensors[:3]]
+    check(tensors, tolerance=2e-3)
+
+
 def test_fused_gate_keeps_small_numbers():
     """Where a slot is kept at 1 - 6e-6, that difference has to be right, not only the gate."""
     logits = torch.linspace(-40, 40, 41).view(1, 41, 1, 1)

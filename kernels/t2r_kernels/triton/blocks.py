@@ -46,6 +46,14 @@ class Gating(NamedTuple):
 
 
 @triton.jit
+def operand(x, OP: tl.constexpr, PRECISION: tl.constexpr):
+    """x as the tensor cores will see it: bf16, fp32, or fp32 cut to the bits of tf32."""
+    if (OP == tl.float32) & (PRECISION == "tf32"):  # noqa: SIM300
+        return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return x.to(OP)
+
+
+@triton.jit
 def locate(c, table, T, C: tl.constexpr, PACKED: tl.constexpr):
     """The `Chunk` with index c: from the table of packed sequences, or counted off in rows of T tokens."""
     if PACKED:

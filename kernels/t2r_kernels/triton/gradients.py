@@ -17,6 +17,7 @@ from t2r_kernels.triton.blocks import (
     load_tile,
     locate,
     one_minus_exp,
+    operand,
     stack,
     state_tile,
     tile,
@@ -78,21 +79,22 @@ def query_gradients_kernel(
         dA, dP, _ = products(
             do, a, v_tile, values, v, states, at, c, h, H, GROUP, DV, W, DK, M, C, HEADS, BM, BD, OP, PRECISION
         )
-        S, dA = tl.where(causal, S, 0.0).to(OP), tl.where(causal, dA, 0.0).to(OP)
+        S = operand(tl.where(causal, S, 0.0), OP, PRECISION)
+        dA = operand(tl.where(causal, dA, 0.0), OP, PRECISION)
         all_U = read_through(S, U, G_rows, G, strength, write, count, OP, PRECISION, BANDED)
         all_dP = read_through(dA, dP, G_rows, G, strength, write, count, OP, PRECISION, BANDED)
         p = softmax(all_U if BANDED else all_U * decay, scale, visible)
         dp = all_dP if BANDED else all_dP * decay
         dl = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
-        reading, d_reading = (p * decay).to(OP), (dl * decay).to(OP)
+        reading, d_reading = operand(p * decay, OP, PRECISION), operand(dl * decay, OP, PRECISION)
         # From the operands that the columns come from, rounded alike, so that what must cancel between them does.
         if BANDED:
-            p, dl = p.to(OP).to(tl.float32), dl.to(OP).to(tl.float32)
+            p, dl = operand(p, OP, PRECISION).to(tl.float32), operand(dl, OP, PRECISION).to(tl.float32)
             by_read += decay * (dl * U + p * dP)
             for b in range(count):
-                read, band = band_read(G_rows, b), (band_write(G, b) * strength).to(OP)
-                by_read += (p * read).to(OP).to(tl.float32) * tl.dot(dA, band, input_precision=PRECISION)
-                by_read += (dl * read).to(OP).to(tl.float32) * tl.dot(S, band, input_precision=PRECISION)
+                read, band = band_read(G_rows, b), operand(band_write(G, b) * strength, OP, PRECISION)
+                by_read += operand(p * read, OP, PRECISION).to(tl.float32) * tl.dot(dA, band, input_precision=PRECISION)
+                by_read += operand(dl * read, OP, PRECISION).to(tl.float32) * tl.dot(S, band, input_precision=PRECISION)
         else:
             by_read += d_reading.to(tl.float32) * all_U + reading.to(tl.float32) * all_dP
         if column == 0:
@@ -132,7 +134,7 @@ def within_chunk(
             S = tl.dot(more_rows, tl.trans(more), S, input_precision=PRECISION)
         if WIDTH > BD:
             x_rows = load_rows(x, at, h, a, column, GROUP, WIDTH, C, HEADS, BD, OP)
-        S = tl.where(causal, S, 0.0).to(OP)
+        S = operand(tl.where(causal, S, 0.0), OP, PRECISION)
         P = load_rows(y, at, h, a, 0, GROUP, M, C, HEADS, BM, OP)
         reading = (P * decay).to(OP) if BANDED else P
         A = weigh_tokens(P, reading, G_rows, G, strength, written, count, OP, PRECISION, BANDED)
@@ -141,9 +143,11 @@ def within_chunk(
         token_grad = tl.dot(tl.trans(x_rows), A, token_grad, input_precision=PRECISION)
         if BANDED:
             for b in range(count):
-                through = tl.dot(tl.trans(S), (P * band_read(G_rows, b)).to(OP), input_precision=PRECISION)
+                through = tl.dot(
+                    tl.trans(S), operand(P * band_read(G_rows, b), OP, PRECISION), input_precision=PRECISION
+                )
                 by_write += band_write(G, b) * through
-                by_pair += (band_write(G, b) * strength).to(OP).to(tl.float32) * through
+                by_pair += operand(band_write(G, b) * strength, OP, PRECISION).to(tl.float32) * through
         else:
             by_write = tl.dot(tl.trans(S), P, by_write, input_precision=PRECISION)
     pointers, exists = tile(out, at, h, column, WIDTH, C, BD)

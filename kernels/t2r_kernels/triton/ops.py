@@ -1,4 +1,8 @@
-"""The kernels as PyTorch operators: known to autograd, `torch.compile` and activation checkpointing."""
+"""The kernels as PyTorch functions: known to autograd, `torch.compile` and activation checkpointing.
+
+Compiled code calls them as registered operators. Eager code calls the same functions without the dispatcher, which
+would cost more than some of the kernels.
+"""
 
 import torch
 from torch import Tensor
@@ -8,8 +12,7 @@ from t2r_kernels.triton import launch
 from t2r_kernels.triton.blocks import Gating
 
 
-@custom_op("t2r::gsa", mutates_args=())
-def gsa_op(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -32,14 +35,16 @@ def gsa_op(
     return launch.forward(call, _pair(keys, values), last if output_final_state else None), *last
 
 
+gsa_op = custom_op("t2r::gsa", _forward, mutates_args=())
+
+
 @gsa_op.register_fake
 def _(q, k, v, g, s, slot, keys, values, cu_seqlens, offsets, scale, write, keep, normalizer, output_final_state):
     o = q.new_empty(*q.shape[:3], v.shape[3])
     return o, *_final_state(k, v, g, cu_seqlens, output_final_state)
 
 
-@custom_op("t2r::gsa_backward", mutates_args=())
-def gsa_backward_op(
+def _gradients(
     do: Tensor,
     d_keys: Tensor | None,
     d_values: Tensor | None,
@@ -65,6 +70,9 @@ def gsa_backward_op(
     return *grads, ds, *((_nothing(q), _nothing(q)) if d_first is None else d_first)
 
 
+gsa_backward_op = custom_op("t2r::gsa_backward", _gradients, mutates_args=())
+
+
 @gsa_backward_op.register_fake
 def _(do, d_keys, d_values, q, k, v, g, s, slot, keys, values, cu_seqlens, offsets, scale, write, keep, normalizer):
     return tuple(_nothing(q) if x is None else launch.empty_like(x) for x in (q, k, v, g, s, keys, values))
@@ -78,7 +86,7 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, d_keys, d_values):
+def _backward(ctx, do, d_keys, d_values, gradients=gsa_backward_op):
     q, k, v, g, s, slot, keys, values, cu_seqlens, offsets = ctx.saved_tensors
     if do is None:
         do = q.new_zeros(*q.shape[:3], v.shape[3])
@@ -88,7 +96,7 @@ def _backward(ctx, do, d_keys, d_values):
         d_keys = q.new_zeros(n, H, M, k.shape[3], dtype=torch.float32) if d_keys is None else d_keys.contiguous()
         d_values = q.new_zeros(n, H, M, v.shape[3], dtype=torch.float32) if d_values is None else d_values.contiguous()
         final = d_keys, d_values
-    dq, dk, dv, dg, ds, dk0, dv0 = gsa_backward_op(
+    dq, dk, dv, dg, ds, dk0, dv0 = gradients(
         do, *final, q, k, v, g, s, slot, keys, values, cu_seqlens, offsets, *ctx.scalars
     )
     given = (dq, dk, dv, dg, None if s is None else ds, None)
@@ -99,8 +107,23 @@ def _backward(ctx, do, d_keys, d_values):
 gsa_op.register_autograd(_backward, setup_context=_save)
 
 
-@custom_op("t2r::gsa_step", mutates_args=("keys", "values"))
-def gsa_step_op(
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        _save(ctx, arguments, None)
+        return _forward(*arguments)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return _backward(ctx, *gradients, gradients=_gradients)
+
+
+def whole(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """`gsa_op`, by the shortest way."""
+    return gsa_op(*arguments) if torch.compiler.is_compiling() else _Eager.apply(*arguments)
+
+
+def _step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -120,9 +143,17 @@ def gsa_step_op(
     return launch.step(q, k, v, g, s, slot, positions, keys, values, scale, gating)
 
 
+gsa_step_op = custom_op("t2r::gsa_step", _step, mutates_args=("keys", "values"))
+
+
 @gsa_step_op.register_fake
 def _(q, k, v, g, s, slot, positions, keys, values, scale, write_logit, keep_logit, normalizer):
     return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+def token(*arguments) -> Tensor:
+    """`gsa_step_op`, by the shortest way."""
+    return gsa_step_op(*arguments) if torch.compiler.is_compiling() else _step(*arguments)
 
 
 def _call(q, k, v, g, s, slot, cu_seqlens, offsets, scale, write_logit, keep_logit, normalizer) -> launch.Call:

@@ -11,6 +11,7 @@ from t2r_kernels.triton.blocks import (
     load_gates,
     load_tile,
     locate,
+    operand,
     state_tile,
     tile,
 )
@@ -94,7 +95,8 @@ def chunk_states_kernel(
             pointers, exists = tile(sums, at, h, m0, M, C, BS)
             tl.store(pointers, G, mask=exists)
             pointers, exists = tile(written, at, h, m0, M, C, BS)
-            tl.store(pointers, (share * tl.exp(tl.minimum(-end, ONE_BAND))[None, :]).to(OP), mask=exists)
+            write = operand(share * tl.exp(tl.minimum(-end, ONE_BAND))[None, :], OP, PRECISION)
+            tl.store(pointers, write, mask=exists)
     count = tl.where(deepest <= ONE_BAND, 1, 1 + tl.floor(deepest / MANY_BANDS).to(tl.int32))
     tl.store(bands + c * H + h, tl.where(at.length > 0, count, 0))
 
