@@ -1,9 +1,12 @@
 """Compile the kernels of a table entry for any NVIDIA GPU, without one: do they fit, and what do they take?
 
-`python -m benchmarks.build_kernels` builds every entry of `configs.json` and prints shared memory and seconds.
+`python -m benchmarks.build_kernels` builds every entry of `configs.json` and prints shared memory and seconds;
+`--architecture any --width 128 --num-slots 64` only those. It fails if one takes more than its GPU has.
 """
 
+import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields
@@ -87,15 +90,24 @@ def _divisible(signature: dict) -> dict:
 
 
 def main() -> None:
-    """Build everything and print it."""
+    """Build what is asked for and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", choices=TARGETS)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--num-slots", type=int)
+    options = parser.parse_args()
+    too_much = 0
     for architecture, entry, kernel, banded in every_build(json.loads(TABLE.read_text(encoding="utf-8"))):
+        place = (architecture, entry["width"], entry["num_slots"])
+        if any(want not in (None, is_) for want, is_ in zip(vars(options).values(), place, strict=True)):
+            continue
         start = time.perf_counter()
         shared, limit = build(entry, architecture, kernel, banded), TARGETS[architecture][1]
+        too_much += shared > limit
         name = f"{architecture} width {entry['width']} slots {entry['num_slots']} {'bf16' if entry['half'] else 'fp32'}"
-        verdict = "TOO MUCH" if shared > limit else ""
-        seconds = time.perf_counter() - start
-        size = f"{shared / 1024:6.1f} KiB {seconds:5.1f} s {verdict}"
+        size = f"{shared / 1024:6.1f} KiB {time.perf_counter() - start:5.1f} s {'TOO MUCH' if shared > limit else ''}"
         print(f"{name:34s} {kernel:8s} {'banded' if banded else '':6s} {size}", flush=True)
+    sys.exit(1 if too_much else 0)
 
 
 if __name__ == "__main__":

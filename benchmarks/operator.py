@@ -84,7 +84,7 @@ def first_call() -> float:
 
 
 def whole(shape: Shape, B: int, T: int, bandwidth: float, peers: bool) -> list[dict]:
-    """Forward, forward + backward and peak memory over whole sequences."""
+    """Forward, forward + backward (GPU time, and the host's to issue it) and peak memory over whole sequences."""
     sets = [inputs(shape, B, T) for _ in range(2)]
     do = torch.randn_like(sets[0][0])
     read = sum(x.nbytes for x in sets[0][:4])
@@ -94,7 +94,7 @@ def whole(shape: Shape, B: int, T: int, bandwidth: float, peers: bool) -> list[d
         runs |= {"fla": flash_linear_attention(), "sdpa": softmax_attention}
     rows = {
         kind: {"name": f"{kind}/{name}", "unit": unit, "ours": None}
-        for kind, unit in (("forward", "ms"), ("forward_backward", "ms"), ("peak_mib", "MiB"))
+        for kind, unit in (("forward", "ms"), ("forward_backward", "ms"), ("host", "ms"), ("peak_mib", "MiB"))
     }
     for peer, run in runs.items():
         if run is None or (peer == "fla" and shape is not MISTRAL):
@@ -105,6 +105,7 @@ def whole(shape: Shape, B: int, T: int, bandwidth: float, peers: bool) -> list[d
 
         rows["forward"][peer] = milliseconds(without_gradients(run), sets)
         rows["forward_backward"][peer] = milliseconds(both, sets)
+        rows["host"][peer] = host_milliseconds(lambda both=both: both(sets[0]))
         rows["peak_mib"][peer] = peak_mib(lambda both=both: both(sets[0]))
     rows["forward"]["floor"] = round((read + do.nbytes) / bandwidth * 1e3, 4)
     rows["forward_backward"]["floor"] = round((3 * read + 2 * do.nbytes) / bandwidth * 1e3, 4)
@@ -197,21 +198,37 @@ def without_gradients(run: Callable) -> Callable[[tuple], Tensor]:
 
 
 def milliseconds(run: Callable, sets: list, budget: float = 0.4) -> float:
-    """Median over single calls on rotating inputs; about `budget` seconds of them, after two to warm up."""
-    for x in sets:
+    """GPU time of a call: the median over single calls on rotating inputs, after two rounds to warm up.
+
+    The device sleeps before each call for as long as the host takes to issue it, so that no launch is waited for.
+    """
+    for x in sets * 2:
         run(x)
     torch.cuda.synchronize()
     start = time.perf_counter()
     run(sets[0])
+    issued = time.perf_counter() - start
     torch.cuda.synchronize()
     calls = max(5, min(200, int(budget / (time.perf_counter() - start))))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     for i, (begin, end) in enumerate(events):
+        torch.cuda._sleep(int(4e9 * issued))  # cycles
         begin.record()
         run(sets[i % len(sets)])
         end.record()
     torch.cuda.synchronize()
     return round(statistics.median(begin.elapsed_time(end) for begin, end in events), 4)
+
+
+def host_milliseconds(run: Callable, calls: int = 20) -> float:
+    """Time of the host to issue a call, whatever the device does: the median."""
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return round(statistics.median(times) * 1e3, 4)
 
 
 def graph_milliseconds(run: Callable, sets: list) -> float:

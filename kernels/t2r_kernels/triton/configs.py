@@ -1,4 +1,4 @@
-"""Block sizes and warps for a device and shape: `configs.json`, written by `python -m benchmarks.tune_operator`."""
+"""Block sizes and warps for a device and shape: `configs.json`, which `python -m benchmarks.tune_operator` rewrites."""
 
 import json
 from dataclasses import dataclass, fields
@@ -46,8 +46,12 @@ def config_for(device: torch.device, width: int, num_slots: int, half: bool) -> 
         num_slots: slots per head.
         half: whether keys and values meet the tensor cores as bf16 (fp32 otherwise).
     """
-    architecture = f"sm{torch.cuda.get_device_capability(device)[0] * 10}" if device.type == "cuda" else "any"
-    return lookup(architecture, width, num_slots, half)
+    return lookup(architecture_of(device), width, num_slots, half)
+
+
+def architecture_of(device: torch.device) -> str:
+    """ "sm80", "sm90" and so on: the compute capability's first number; "any" for what is no GPU."""
+    return f"sm{torch.cuda.get_device_capability(device)[0] * 10}" if device.type == "cuda" else "any"
 
 
 @cache
