@@ -68,7 +68,9 @@ def gsa(
             these dtypes and sizes, torch elsewhere.
 
     Returns:
-        Outputs `[B, T, HQ, Dv]` in `q`'s dtype, and the final `SlotState` (or None).
+        Outputs `[B, T, HQ, Dv]` in `q`'s dtype, and the final `SlotState` (or None). Under autocast the triton backend
+        reads q, k and v in autocast's dtype, and its outputs have it, as with PyTorch's softmax attention; gates and
+        state are fp32 all the same.
 
     Raises:
         ValueError: a shape, a bound or the backend's name is wrong, or the backend does not take these tensors.
@@ -81,6 +83,8 @@ def gsa(
     backend = resolve_backend(backend, q.device.type, _refusal(q, k, v, g))
     offsets = _offsets(position_offset, n, q.device) if hide_unwritten or backend != "triton" else None
     if backend == "triton" and q.shape[1]:
+        if torch.is_autocast_enabled(q.device.type):
+            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         o, keys, values = ops.whole(
             q, k, v, g, s, None if gate is None else gate.slot, *(state or (None, None)), cu_seqlens, offsets, scale,
             *_gate_scalars(gate), output_final_state,

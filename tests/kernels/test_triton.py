@@ -211,6 +211,40 @@ def test_operators_are_well_defined():
     torch.library.opcheck(ops.gsa_step_op, (*token, None, None, None, *state, 1.0, 0.0, 0.0, 1.0))
 
 
+def test_autocast_decides_what_the_tensor_cores_see():
+    tensors = [x.detach() for x in case(20, B=1, HQ=2, H=1, dtype=torch.float32)]
+    expected, _ = gsa(*(x.half() for x in tensors[:3]), tensors[3], backend="triton")
+    with torch.autocast("cpu", torch.float16):
+        actual, state = gsa(*tensors[:4], output_final_state=True, backend="triton")
+    assert actual.dtype == torch.float16
+    assert state.keys.dtype == torch.float32
+    assert torch.equal(actual, expected)
+
+
+def test_compiles_without_graph_breaks():
+    """Dynamo's and autograd's part; what runs is the interpreter. `test_triton_gpu.py` compiles for the device."""
+    tensors, gate = fused(10)
+    options = {"gate": gate, "hide_unwritten": True, "backend": "triton"}
+
+    def layer(q, k, v, logits, **rest):
+        with torch.autocast("cpu", torch.float16, enabled=False):
+            o, state = gsa(q.sin(), k, v, logits * 2, **options, **rest)
+        return o.cos(), state
+
+    expected = run(layer, tensors)
+    assert_near(run(torch.compile(layer, fullgraph=True, backend="aot_eager"), tensors), expected, TOLERANCE)
+
+    def token(q, k, v, logits, keys, values):
+        now = gate._replace(slot=gate.slot[:, :1])
+        return gsa_step(q.sin(), k, v, logits, (keys, values), gate=now, backend="triton")[0].cos()
+
+    first = [x.detach()[:, :1] for x in tensors[:4]]
+    states = [[x.detach().clone() for x in tensors[4:]] for _ in range(2)]
+    compiled = torch.compile(token, fullgraph=True, backend="aot_eager")(*first, *states[0])
+    assert_near({"o": compiled}, {"o": token(*first, *states[1])}, TOLERANCE)
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
 def test_checkpointed_is_plain():
     from torch.utils.checkpoint import checkpoint
 
