@@ -146,7 +146,9 @@ def backward(
     ds = None if call.s is None else empty_like(call.s)
     d_first = None if first is None else tuple(empty_like(x) for x in first)
     shape, fp32 = (call.B, call.T, call.H, call.M), {"dtype": torch.float32, "device": do.device}
-    weights, d_logits = (torch.empty(call.B, call.T, call.HQ, call.M, **fp32 | {"dtype": call.operand}) for _ in "pl")
+    weights, d_logits = (
+        torch.empty(call.B, call.T, call.HQ, call.M, **fp32 | {"dtype": call.operand}) for _ in range(2)
+    )
     rows, columns, sums = (torch.empty(shape, **fp32) for _ in range(3))
     written = torch.empty(shape, dtype=call.operand, device=do.device)
     gradients = {"dk": view(dk), "dv": view(dv)}
@@ -197,7 +199,7 @@ def step(
     config = config_for(q.device, max(DK, DV), M, half=True)
     step_kernel[(B * H,)](
         *inputs, gating, positions, keys, values, view(o), H, scale, GROUP=GROUP,
-        ROWS=max(16, triton.next_power_of_2(GROUP)), M=M, DK=DK, DV=DV, BK=block(DK), BV=block(DV),
+        ROWS=block(GROUP), M=M, DK=DK, DV=DV, BK=block(DK), BV=block(DV),
         GATE=gate_kind(s, slot, gating), HIDE=positions is not None, **config.step,
     )  # fmt: skip
     return o
