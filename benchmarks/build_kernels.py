@@ -29,6 +29,7 @@ KERNELS = {
     "output": output.output_kernel,
     "queries": gradients.query_gradients_kernel,
     "tokens": gradients.token_gradients_kernel,
+    "through": gradients.state_gradients_kernel,
     "gates": gradients.gate_gradients_kernel,
     "step": step.step_kernel,
 }
@@ -45,7 +46,7 @@ def build(entry: dict, architecture: str, kernel: str, banded: bool = False) -> 
         "OP": tl.bfloat16 if half else tl.float32, "PRECISION": "tf32" if half else "tf32x3",
     }  # fmt: skip
     options = dict(getattr(config, kernel))
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     constants |= options
     function = KERNELS[kernel]
     types = {name: _type(name, half) for name in function.arg_names}
@@ -67,12 +68,13 @@ def every_build(table: dict) -> Iterator[tuple[str, dict, str, bool]]:
 
 def _type(name: str, half: bool):
     low = "*bf16" if half else "*fp32"
-    views = {"slot": "*i32", "rows": "*fp32", "columns": "*fp32", "sums": "*fp32"}
+    views = {"slot": "*i32", "rows": "*fp32", "columns": "*fp32", "sums": "*fp32", "through": "*fp32"}
     views |= dict.fromkeys(("q", "k", "v", "g", "s", "o", "do", "dq", "dk", "dv", "dg", "ds"), low)
     views |= dict.fromkeys(("weights", "d_logits", "written"), low)
     if name in views:
         return View(views[name], "i32", "i32", "i32")
-    plain = {"gating": Gating(*["fp32"] * 4), "scale": "fp32", "states": low, "d_states": low, "decay": "*fp32"}
+    plain = {"gating": Gating(*["fp32"] * 4), "scale": "fp32", "states": low, "d_states": low}
+    plain |= dict.fromkeys(("decay", "kept"), "*fp32")
     plain |= dict.fromkeys(("bands", "table", "bounds"), "*i32") | dict.fromkeys(("offsets", "positions"), "*i64")
     plain |= dict.fromkeys(("first_keys", "first_values", "last_keys", "last_values", "keys", "values"), "*fp32")
     return plain.get(name, "i32")

@@ -66,10 +66,13 @@ def locate(c, table, T, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def tile(x, at, h, d0, WIDTH: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
-    """Pointers `[C, BD]` to a chunk of one head of a `View`, columns d0 and on, and which of them exist."""
+def tile(x, at, h, d0, WIDTH: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, RUN: tl.constexpr = 16):
+    """Pointers `[C, BD]` to a chunk of one head of a `View`, columns d0 and on, and which of them exist.
+
+    A thread takes at most RUN columns that lie side by side.
+    """
     i = tl.arange(0, C)
-    d = d0 + tl.arange(0, BD)
+    d = d0 + tl.max_contiguous(tl.arange(0, BD), RUN)
     base = x.data + at.b.to(tl.int64) * x.b + at.start.to(tl.int64) * x.t + h.to(tl.int64) * x.h
     exists = (i < at.length)[:, None] & (d < WIDTH)[None, :]
     return base + (i[:, None] * x.t + d[None, :]), exists
@@ -171,9 +174,9 @@ def gate_of_logits(x, slot, m, gating, GATE: tl.constexpr):
 
 @triton.jit
 def load_gates(g, s, slot, at, h, m0, gating, M: tl.constexpr, C: tl.constexpr, BM: tl.constexpr,
-               GATE: tl.constexpr):  # fmt: skip
+               GATE: tl.constexpr, RUN: tl.constexpr = 16):  # fmt: skip
     """Log gates and write strengths of a chunk, slots m0 and on, `[C, BM]` fp32: none where no token or slot is."""
-    pointers, exists = tile(g, at, h, m0, M, C, BM)
+    pointers, exists = tile(g, at, h, m0, M, C, BM, RUN)
     if (GATE == FUSED) | (GATE == TEMPERED):
         i = tl.arange(0, C)
         row = slot.data + at.b.to(tl.int64) * slot.b + at.start.to(tl.int64) * slot.t + h.to(tl.int64) * slot.h

@@ -10,9 +10,9 @@ import torch
 TABLE = Path(__file__).with_name("configs.json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Config:
-    """How the kernels are cut up and launched.
+    """How the kernels are cut up and launched. Each is like itself alone, so that it can be part of a key.
 
     Attributes:
         chunk: tokens a chunk.
@@ -22,6 +22,7 @@ class Config:
         output: of `output_kernel`: HEADS query heads at a time.
         queries: of `query_gradients_kernel`.
         tokens: of `token_gradients_kernel`.
+        through: of `state_gradients_kernel`.
         gates: of `gate_gradients_kernel`.
         step: of `step_kernel`.
     """
@@ -33,6 +34,7 @@ class Config:
     output: dict[str, int]
     queries: dict[str, int]
     tokens: dict[str, int]
+    through: dict[str, int]
     gates: dict[str, int]
     step: dict[str, int]
 

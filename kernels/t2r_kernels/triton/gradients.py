@@ -203,98 +203,119 @@ def token_gradients_kernel(
 
 
 @triton.jit
-def after_chunk(
-    x, tokens, grad, left, through, kept, states, d_states, at, c, h, H, m0, column,
-    WIDTH: tl.constexpr, W: tl.constexpr, COL: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BS: tl.constexpr,
+def through_state(
+    x, out, left, through, kept, states, d_states, at, c, h, H, column,
+    WIDTH: tl.constexpr, W: tl.constexpr, COL: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BM: tl.constexpr,
     BD: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What goes through BS slots of the state after the chunk: added to x's gradient (columns `column` and on), to the
-    writes' part in the loss (`through`, `[C, BS]`), and to the earlier state's (`kept`, `[BS]`)."""
-    d_state = load_state(d_states, c, h, H, m0, 0, WIDTH, W, COL, M, BS, BD, OP)
-    state = load_state(states, c, h, H, m0, 0, WIDTH, W, COL, M, BS, BD, OP)
-    through = tl.dot(tokens, tl.trans(d_state), through, input_precision=PRECISION)
-    kept += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
+    """Adds to x's gradient in `out` (columns `column` and on) what comes through the state after the chunk; returns
+    through and kept plus this x's part in them, see `state_gradients_kernel`."""
+    first = load_state(d_states, c, h, H, 0, 0, WIDTH, W, COL, M, BM, BD, OP)
+    state = load_state(states, c, h, H, 0, 0, WIDTH, W, COL, M, BM, BD, OP)
+    kept += tl.sum(state.to(tl.float32) * first.to(tl.float32), 1)
+    through = tl.dot(load_tile(x, at, h, 0, WIDTH, C, BD, OP), tl.trans(first), through, input_precision=PRECISION)
     for d in range(BD, WIDTH, BD):
-        here = load_tile(x, at, h, d, WIDTH, C, BD, OP)
-        more = load_state(d_states, c, h, H, m0, d, WIDTH, W, COL, M, BS, BD, OP)
-        state = load_state(states, c, h, H, m0, d, WIDTH, W, COL, M, BS, BD, OP)
-        through = tl.dot(here, tl.trans(more), through, input_precision=PRECISION)
-        kept += tl.sum(state.to(tl.float32) * more.to(tl.float32), 1)
+        d_state = load_state(d_states, c, h, H, 0, d, WIDTH, W, COL, M, BM, BD, OP)
+        state = load_state(states, c, h, H, 0, d, WIDTH, W, COL, M, BM, BD, OP)
+        kept += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
+        tokens = load_tile(x, at, h, d, WIDTH, C, BD, OP)
+        through = tl.dot(tokens, tl.trans(d_state), through, input_precision=PRECISION)
     if WIDTH > BD:
-        d_state = load_state(d_states, c, h, H, m0, column, WIDTH, W, COL, M, BS, BD, OP)
-    grad = tl.dot(left, d_state, grad, input_precision=PRECISION)
-    return grad, through, kept
+        first = load_state(d_states, c, h, H, 0, column, WIDTH, W, COL, M, BM, BD, OP)
+    pointers, exists = tile(out, at, h, column, WIDTH, C, BD)
+    grad = tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+    grad += tl.dot(left, first, input_precision=PRECISION)
+    tl.store(pointers, grad.to(out.data.dtype.element_ty), mask=exists)
+    return through, kept
 
 
 @triton.jit
-def load_float(x, at, h, m0, M: tl.constexpr, C: tl.constexpr, BS: tl.constexpr):
-    """`[C, BS]` of a view as fp32."""
-    return load_tile(x, at, h, m0, M, C, BS, tl.float32)
-
-
-@triton.jit
-def gate_gradients_kernel(
-    k, v, g, s, slot, gating, dk, dv, dg, ds, rows, columns, sums, written, states, d_states, decay, bands, table, T, H,
-    M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
-    GATE: tl.constexpr, PACKED: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
+def state_gradients_kernel(
+    k, v, dk, dv, sums, written, through, kept, states, d_states, decay, bands, table, T, H,
+    M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    PACKED: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Complete `dk` and `dv` with what comes through the state after the chunk, and compute the gates' gradients.
+    """Complete `dk` and `dv` with what comes through the state after the chunk, whose gradient is `d_states[c, h]`.
 
-    `d_states[c, h]` is the gradient of the state after the chunk. Each pair of a write j and a read i > j gives its
-    weight's share to every gate between them. Pairs within the chunk: rows less columns, summed from the end. Reads
-    of what was there before: in the rows. Writes that are read after the chunk: a sum from its beginning. No other
-    terms occur, so nothing large cancels. One program per chunk, state head and BD columns, BS slots at a time.
+    Also `through`, `[B, T, H, M]` fp32: the derivative of the loss by what a token leaves in that state; and `kept`,
+    `[chunks, H, M]` fp32: by how much of the state before the chunk is kept. One program per chunk, state head and BD
+    columns.
     """
     c, h, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BD
     count = tl.load(bands + c * H + h)
     if count == 0:
         return
     at = locate(c, table, T, C, PACKED)
-    k_tile = load_tile(k, at, h, 0, DK, C, BD, OP)
-    v_tile = load_tile(v, at, h, 0, DV, C, BD, OP)
-    k_grad = tl.zeros([C, BD], tl.float32)
-    v_grad = tl.zeros([C, BD], tl.float32)
+    m = tl.arange(0, BM)
+    end = tl.load(decay + (c * H + h) * M + m, mask=m < M, other=0.0)
+    pointers, exists = tile(sums, at, h, 0, M, C, BM)
+    from_G = tl.load(pointers, mask=exists & (count > 1) & (end < -ONE_BAND)[None, :], other=0.0)  # see `written`
+    left = (tl.exp(end[None, :] - from_G) * load_tile(written, at, h, 0, M, C, BM, tl.float32)).to(OP)
+    by_left = tl.zeros([C, BM], tl.float32)
+    by_keep = tl.zeros([BM], tl.float32)
     W: tl.constexpr = DK + DV
-    for m0 in range(0, M, BS):
-        gate, strength = load_gates(g, s, slot, at, h, m0, gating, M, C, BS, GATE)
-        G = load_float(sums, at, h, m0, M, C, BS)
-        m = m0 + tl.arange(0, BS)
-        end = tl.load(decay + (c * H + h) * M + m, mask=m < M, other=0.0)
-        to_end = tl.exp(end[None, :] - G)
-        left = (to_end * strength).to(OP)
-        through = tl.zeros([C, BS], tl.float32)
-        kept = tl.zeros([BS], tl.float32)
-        k_grad, through, kept = after_chunk(
-            k, k_tile, k_grad, left, through, kept, states, d_states, at, c, h, H, m0, column,
-            DK, W, 0, M, C, BS, BD, OP, PRECISION,
-        )  # fmt: skip
-        v_grad, through, kept = after_chunk(
-            v, v_tile, v_grad, left, through, kept, states, d_states, at, c, h, H, m0, column,
-            DV, W, DK, M, C, BS, BD, OP, PRECISION,
-        )  # fmt: skip
-        by_write = load_float(columns, at, h, m0, M, C, BS)
-        scaled = tl.where(count > 1, 1.0, tl.exp(tl.minimum(-G, ONE_BAND)))  # see `columns` in `token_gradients_kernel`
-        write = tl.where(count > 1, 0.0, load_float(written, at, h, m0, M, C, BS))
-        at_end = left.to(tl.float32) * through
-        within = load_float(rows, at, h, m0, M, C, BS) - write * by_write
-        # Σ_(i ≥ t) within_i + Σ_(j < t) at_end_j, in one running sum.
-        gate_grad = tl.cumsum(at_end - within, 0) - (at_end - within)
-        gate_grad += (tl.sum(within, 0) + tl.exp(end) * kept)[None, :]
-        s_grad = scaled * by_write + to_end * through
-        if GATE == FREE:
-            pointers, is_slot = tile(ds, at, h, m0, M, C, BS)
-            tl.store(pointers, s_grad.to(ds.data.dtype.element_ty), mask=is_slot & (column == 0))
-        else:
-            gate_grad -= (1.0 - strength) * s_grad
-        if GATE == FUSED:
-            gate_grad *= strength
-        if GATE == TEMPERED:
-            gate_grad *= one_minus_exp(gate * gating.normalizer) * gating.inverse
-        pointers, is_slot = tile(dg, at, h, m0, M, C, BS)
-        tl.store(pointers, gate_grad.to(dg.data.dtype.element_ty), mask=is_slot & (column == 0))
-    pointers, exists = tile(dk, at, h, column, DK, C, BD)
-    k_grad += tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
-    tl.store(pointers, k_grad.to(dk.data.dtype.element_ty), mask=exists)
-    pointers, exists = tile(dv, at, h, column, DV, C, BD)
-    v_grad += tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
-    tl.store(pointers, v_grad.to(dv.data.dtype.element_ty), mask=exists)
+    by_left, by_keep = through_state(
+        k, dk, left, by_left, by_keep, states, d_states, at, c, h, H, column,
+        DK, W, 0, M, C, BM, BD, OP, PRECISION,
+    )  # fmt: skip
+    by_left, by_keep = through_state(
+        v, dv, left, by_left, by_keep, states, d_states, at, c, h, H, column,
+        DV, W, DK, M, C, BM, BD, OP, PRECISION,
+    )  # fmt: skip
+    if column == 0:
+        pointers, is_slot = tile(through, at, h, 0, M, C, BM)
+        tl.store(pointers, by_left, mask=is_slot)
+        tl.store(kept + (c * H + h) * M + m, by_keep, mask=m < M)
+
+
+@triton.jit
+def load_float(x, at, h, m0, M: tl.constexpr, C: tl.constexpr, BS: tl.constexpr):
+    """`[C, BS]` of a view as fp32, in one layout whatever the dtype."""
+    pointers, exists = tile(x, at, h, m0, M, C, BS, 4)
+    return tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gate_gradients_kernel(
+    g, s, slot, gating, dg, ds, rows, columns, sums, written, through, kept, decay, bands, table, T, H,
+    M: tl.constexpr, C: tl.constexpr, BS: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The gates' gradients, from what the kernels before found.
+
+    Each pair of a write j and a read i > j gives its weight's share to every gate between them. Pairs within the chunk:
+    rows less columns, summed from the end. Reads of what was there before: in the rows. Writes that are read after the
+    chunk: a sum from its beginning. No other terms occur, so nothing large cancels. One program per chunk, state head
+    and BS slots.
+    """
+    c, h, m0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BS
+    count = tl.load(bands + c * H + h)
+    if count == 0:
+        return
+    at = locate(c, table, T, C, PACKED)
+    m = m0 + tl.arange(0, BS)
+    end = tl.load(decay + (c * H + h) * M + m, mask=m < M, other=0.0)
+    by_keep = tl.load(kept + (c * H + h) * M + m, mask=m < M, other=0.0)
+    gate, strength = load_gates(g, s, slot, at, h, m0, gating, M, C, BS, GATE, 4)
+    G = load_float(sums, at, h, m0, M, C, BS)
+    by_left = load_float(through, at, h, m0, M, C, BS)
+    by_write = load_float(columns, at, h, m0, M, C, BS)
+    scaled = tl.where(count > 1, 1.0, tl.exp(tl.minimum(-G, ONE_BAND)))  # see `columns` in `token_gradients_kernel`
+    write = tl.where(count > 1, 0.0, load_float(written, at, h, m0, M, C, BS))
+    to_end = tl.exp(end[None, :] - G)
+    at_end = to_end * strength * by_left
+    within = load_float(rows, at, h, m0, M, C, BS) - write * by_write
+    # Σ_(i ≥ t) within_i + Σ_(j < t) at_end_j, in one running sum.
+    gate_grad = tl.cumsum(at_end - within, 0) - (at_end - within)
+    gate_grad += (tl.sum(within, 0) + tl.exp(end) * by_keep)[None, :]
+    s_grad = scaled * by_write + to_end * by_left
+    if GATE == FREE:
+        pointers, is_slot = tile(ds, at, h, m0, M, C, BS, 4)
+        tl.store(pointers, s_grad.to(ds.data.dtype.element_ty), mask=is_slot)
+    else:
+        gate_grad -= (1.0 - strength) * s_grad
+    if GATE == FUSED:
+        gate_grad *= strength
+    if GATE == TEMPERED:
+        gate_grad *= one_minus_exp(gate * gating.normalizer) * gating.inverse
+    pointers, is_slot = tile(dg, at, h, m0, M, C, BS, 4)
+    tl.store(pointers, gate_grad.to(dg.data.dtype.element_ty), mask=is_slot)

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from t2r_kernels.triton.blocks import DERIVED, FREE, FUSED, TEMPERED, Gating, View
 from t2r_kernels.triton.configs import Config, config_for
-from t2r_kernels.triton.gradients import gate_gradients_kernel, query_gradients_kernel, token_gradients_kernel
+from t2r_kernels.triton.gradients import (
+    gate_gradients_kernel,
+    query_gradients_kernel,
+    state_gradients_kernel,
+    token_gradients_kernel,
+)
+from t2r_kernels.triton.launcher import Launch, fingerprint, run
 from t2r_kernels.triton.output import output_kernel
 from t2r_kernels.triton.states import chunk_states_kernel, chunk_table_kernel, scan_kernel
 from t2r_kernels.triton.step import step_kernel
@@ -16,19 +22,33 @@ from t2r_kernels.triton.step import step_kernel
 
 def block(width: int, least: int = 16) -> int:
     """The tile that `width` columns take: a power of two, at least what a tensor core multiplies."""
-    return max(least, triton.next_power_of_2(width))
+    return max(least, 1 << (width - 1).bit_length())
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up (`triton.cdiv` costs a microsecond a call)."""
+    return -(a // -b)
 
 
 def view(x: Tensor) -> View:
     """A `[B, T, heads, ...]` tensor as the kernels take it; copied only if its last stride is not 1."""
-    if x.ndim == 4 and x.stride(3) != 1:
+    strides = x.stride()
+    if strides[-1] != 1 and len(strides) == 4:
         x = x.contiguous()
-    return View(x, x.stride(0), x.stride(1), x.stride(2))
+        strides = x.stride()
+    return View(x, *strides[:3])
+
+
+def launch_of(kernel, grid: tuple[int, int, int], options: dict[str, int], known: dict) -> Launch:
+    """A launch with those of the known arguments that the kernel names, in its order; other options are Triton's."""
+    names = kernel.arg_names
+    options = {name: value for name, value in options.items() if name not in names}
+    return Launch(kernel, grid, {name: known[name] for name in names}, options)
 
 
 @dataclass
 class Call:
-    """One call of the operator: its inputs, and what every kernel of it is launched with.
+    """One call of the operator: its inputs, what every kernel of it is launched with, and the launches so far.
 
     Tensors as for `gsa`; `g` holds logits when `slot`, `[B, T, H]` int32, is given.
     """
@@ -43,6 +63,7 @@ class Call:
     offsets: Tensor | None  # [N], None when no slot is hidden
     scale: float
     gating: Gating
+    config: Config | None = None  # the table's when not given
 
     def __post_init__(self):
         (self.B, self.T, self.H, self.M), self.HQ = self.g.shape, self.q.shape[2]
@@ -50,27 +71,38 @@ class Call:
         self.N = self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
         self.half = all(x.dtype == torch.bfloat16 for x in (self.q, self.k, self.v))
         self.operand = torch.bfloat16 if self.half else torch.float32
-        self.config: Config = config_for(self.q.device, max(self.DK, self.DV), self.M, self.half)
+        self.launches: list[Launch] = []
+        self.config = self.config or config_for(self.q.device, max(self.DK, self.DV), self.M, self.half)
         C = self.config.chunk
         # Each sequence may end in one chunk that is not full: a bound that needs no look at the lengths.
-        per = triton.cdiv(self.T, C)
+        per = cdiv(self.T, C)
         self.num_chunks = self.B * per if self.cu_seqlens is None else self.T // C + self.N
-        self.table, self.bounds = (None, None) if self.cu_seqlens is None else self._chunk_table()
         self.inputs = {"k": view(self.k), "v": view(self.v), "g": view(self.g)}
         self.inputs["s"] = self.inputs["g"] if self.s is None else view(self.s)
         self.inputs["slot"] = self.inputs["g"] if self.slot is None else view(self.slot)
-        self.inputs |= {"gating": self.gating, "table": self.table, "T": self.T, "H": self.H}
+        self.inputs |= {"gating": self.gating, "T": self.T, "H": self.H, "scale": self.scale, "q": view(self.q)}
         self.shape = {
             "M": self.M, "DK": self.DK, "DV": self.DV, "C": C, "BD": self.config.block_d,
-            "GATE": gate_kind(self.s, self.slot, self.gating), "PACKED": self.table is not None,
+            "GATE": gate_kind(self.s, self.slot, self.gating), "PACKED": self.cu_seqlens is not None,
+            "GROUP": self.HQ // self.H, "HIDE": self.offsets is not None,
+            # Rows of 128 bytes: with rows of 64, Triton 3.6 reads beyond a tile of shared memory on Hopper.
+            "BM": block(self.M, least=64 if self.half else 32),
             "OP": triton.language.bfloat16 if self.half else triton.language.float32, "PRECISION": self._precision(),
         }  # fmt: skip
-        # Rows of 128 bytes: with rows of 64, Triton 3.6 reads beyond a tile of shared memory on Hopper.
-        self.slots = {"BM": block(self.M, least=64 if self.half else 32)}
-        self.reading = {
-            "q": view(self.q), "offsets": self.offsets, "scale": self.scale,
-            "GROUP": self.HQ // self.H, "HIDE": self.offsets is not None,
-        }  # fmt: skip
+        self.table, self.bounds = (None, None) if self.cu_seqlens is None else self._chunk_table()
+        self.inputs |= {"table": self.table, "offsets": self.offsets}
+
+    def plan(self, kernel, grid: tuple[int, int, int], options: dict, **arguments) -> None:
+        """Add a launch; the kernel takes of the arguments, the call's own and the configuration what it names."""
+        known = self.inputs | self.shape | options | arguments
+        self.launches.append(launch_of(kernel, grid, options, known))
+
+    def run(self, name: str, *tensors: Tensor | None) -> None:
+        """Run what is planned. `tensors`: what it reads or writes beside the inputs and what was made here."""
+        inputs = (self.q, self.k, self.v, self.g, self.s, self.slot, self.cu_seqlens, self.offsets)
+        sizes = (self.T, self.HQ, self.H, self.M, self.DK, self.DV, self.shape["GATE"], self.shape["PRECISION"])
+        run(self.launches, (name, self.config, *sizes, *map(fingerprint, inputs + tensors)), self.q.device)
+        self.launches = []
 
     def _precision(self) -> str:
         """How fp32 operands meet the tensor cores: exactly enough for what they were before."""
@@ -81,9 +113,10 @@ class Call:
         device = self.q.device
         table = torch.empty(self.num_chunks, 4, dtype=torch.int32, device=device)
         bounds = torch.empty(self.N + 1, dtype=torch.int32, device=device)
-        chunk_table_kernel[(self.N + 1,)](
-            self.cu_seqlens, table, bounds, self.N, self.num_chunks, C=self.config.chunk, BLOCK=256, num_warps=4
-        )
+        self.plan(
+            chunk_table_kernel, (self.N + 1, 1, 1), {"num_warps": 4}, cu_seqlens=self.cu_seqlens, table=table,
+            bounds=bounds, N=self.N, NT=self.num_chunks, BLOCK=256,
+        )  # fmt: skip
         return table, bounds
 
     def empty_states(self) -> Tensor:
@@ -91,7 +124,7 @@ class Call:
         shape = (self.num_chunks, self.H, self.M, self.DK + self.DV)
         return torch.empty(shape, dtype=self.operand, device=self.q.device)
 
-    def chunk_states(self, sums: Tensor | None = None, written: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def chunk_states(self, **kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What each chunk writes, its decay `[chunks, H, M]` fp32, and its number of bands `[chunks, H]` int32.
 
         `sums` and `written`, `[B, T, H, M]`, are filled for the backward pass if given.
@@ -99,31 +132,33 @@ class Call:
         states, device = self.empty_states(), self.q.device
         decay = torch.empty(self.num_chunks, self.H, self.M, dtype=torch.float32, device=device)
         bands = torch.empty(self.num_chunks, self.H, dtype=torch.int32, device=device)
-        chunk_states_kernel[(self.num_chunks, self.H)](
-            **self.inputs, states=states, decay=decay, bands=bands, KEEP=sums is not None,
-            sums=self.inputs["g"] if sums is None else view(sums),
-            written=self.inputs["g"] if written is None else view(written), **self.shape, **self.config.states,
+        self.plan(
+            chunk_states_kernel, (self.num_chunks, self.H, 1), self.config.states,
+            states=states, decay=decay, bands=bands, KEEP=bool(kept),
+            **{name: view(kept[name]) if kept else self.inputs["g"] for name in ("sums", "written")},
         )  # fmt: skip
         return states, decay, bands
 
     def scan(self, states: Tensor, decay: Tensor, first, last, reverse: bool = False) -> None:
         """Turn what chunks write into the state before each, in place; `first` and `last`: (keys, values) or None."""
-        BLOCK = self.config.scan["BLOCK"]
-        elements = self.M * (self.DK + self.DV)
-        scan_kernel[(self.N * self.H, triton.cdiv(elements, BLOCK))](
-            states, decay, self.bounds, *(first or (None, None)), *(last or (None, None)),
-            triton.cdiv(self.T, self.config.chunk), self.H,
-            M=self.M, DK=self.DK, DV=self.DV, PACKED=self.table is not None, REVERSE=reverse,
-            HAS_FIRST=first is not None, HAS_LAST=last is not None, **self.config.scan,
+        (first_keys, first_values), (last_keys, last_values) = first or (None, None), last or (None, None)
+        blocks = cdiv(self.M * (self.DK + self.DV), self.config.scan["BLOCK"])
+        self.plan(
+            scan_kernel, (self.N * self.H, blocks, 1), self.config.scan, states=states, decay=decay,
+            bounds=self.bounds, first_keys=first_keys, first_values=first_values, last_keys=last_keys,
+            last_values=last_values, per=cdiv(self.T, self.config.chunk), REVERSE=reverse,
+            HAS_FIRST=first is not None, HAS_LAST=last is not None,
         )  # fmt: skip
 
-    def each_chunk(self, kernel, launch: dict, blocks: int = 1, **arguments) -> None:
+    def each_chunk(self, kernel, options: dict, blocks: int = 1, **arguments) -> None:
+        """Launch a kernel over all chunks."""
+        self.plan(kernel, (self.num_chunks, self.H, blocks), options, **arguments)
+
+    def each_chunk_by_bands(self, kernel, options: dict, blocks: int = 1, **arguments) -> None:
         """Launch a kernel over all chunks: those that need one band, then those that need more."""
-        grid = (self.num_chunks, self.H, blocks)
-        heads = min(launch["HEADS"], triton.next_power_of_2(self.HQ // self.H))
-        launch = launch | {"HEADS": heads}
+        options = options | {"HEADS": min(options["HEADS"], block(self.HQ // self.H, least=1))}
         for banded in (False, True):
-            kernel[grid](**self.inputs, **arguments, BANDED=banded, **self.shape, **self.slots, **launch)
+            self.each_chunk(kernel, options, blocks, BANDED=banded, **arguments)
 
 
 def forward(call: Call, first: tuple[Tensor, Tensor] | None, last: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -131,7 +166,8 @@ def forward(call: Call, first: tuple[Tensor, Tensor] | None, last: tuple[Tensor,
     o = torch.empty(call.B, call.T, call.HQ, call.DV, dtype=call.q.dtype, device=call.q.device)
     states, decay, bands = call.chunk_states()
     call.scan(states, decay, first, last)
-    call.each_chunk(output_kernel, call.config.output, **call.reading, o=view(o), states=states, bands=bands)
+    call.each_chunk_by_bands(output_kernel, call.config.output, o=view(o), states=states, bands=bands)
+    call.run("forward", *(first or (None, None)), *(last or (None, None)))
     return o
 
 
@@ -151,29 +187,27 @@ def backward(
     )
     rows, columns, sums = (torch.empty(shape, **fp32) for _ in range(3))
     written = torch.empty(shape, dtype=call.operand, device=do.device)
-    gradients = {"dk": view(dk), "dv": view(dv)}
-    scratch = {"weights": view(weights), "d_logits": view(d_logits), "do": view(do)}
+    blocks = cdiv(max(call.DK, call.DV), call.config.block_d)
 
-    states, decay, bands = call.chunk_states(sums, written)
+    states, decay, bands = call.chunk_states(sums=sums, written=written)
     call.scan(states, decay, first, None)
-    scratch |= {"sums": view(sums), "written": view(written), "bands": bands}
-    blocks = triton.cdiv(max(call.DK, call.DV), call.config.block_d)
-    call.each_chunk(
-        query_gradients_kernel, call.config.queries, blocks, **call.reading, **scratch,
-        dq=view(dq), rows=view(rows), states=states,
-    )  # fmt: skip
-    d_states = call.empty_states()
-    call.each_chunk(
-        token_gradients_kernel, call.config.tokens, blocks, q=call.reading["q"], GROUP=call.reading["GROUP"],
-        **scratch, **gradients, rows=view(rows), columns=view(columns), d_states=d_states,
-    )  # fmt: skip
+    found = {"sums": view(sums), "written": view(written), "bands": bands, "rows": view(rows), "states": states}
+    scratch = {"weights": view(weights), "d_logits": view(d_logits), "do": view(do)}
+    call.each_chunk_by_bands(query_gradients_kernel, call.config.queries, blocks, **scratch, **found, dq=view(dq))
+    found |= {"columns": view(columns), "dk": view(dk), "dv": view(dv), "d_states": call.empty_states()}
+    call.each_chunk_by_bands(token_gradients_kernel, call.config.tokens, blocks, **scratch, **found)
+    call.scan(found["d_states"], decay, d_last, d_first, reverse=True)
+    call.run("backward", do, *(first or (None, None)), *(d_last or (None, None)))
     del weights, d_logits, scratch
-    call.scan(d_states, decay, d_last, d_first, reverse=True)
-    gate_gradients_kernel[(call.num_chunks, call.H, blocks)](
-        **call.inputs, **gradients, dg=view(dg), ds=view(dg if ds is None else ds), rows=view(rows),
-        columns=view(columns), sums=view(sums), written=view(written), states=states, d_states=d_states,
-        decay=decay, bands=bands, **call.shape, **call.config.gates,
-    )  # fmt: skip
+
+    through, kept = torch.empty(shape, **fp32), torch.empty_like(decay)
+    found |= {"through": view(through), "kept": kept, "decay": decay}
+    call.each_chunk(state_gradients_kernel, call.config.through, blocks, **found)
+    slices = cdiv(call.M, call.config.gates["BS"])
+    call.each_chunk(
+        gate_gradients_kernel, call.config.gates, slices, **found, dg=view(dg), ds=view(dg if ds is None else ds)
+    )
+    call.run("after")
     return dq, dk, dv, dg, ds, d_first
 
 
@@ -189,19 +223,22 @@ def step(
     values: Tensor,  # [B, H, M, DV]
     scale: float,
     gating: Gating,
+    config: Config | None = None,  # the table's when not given
 ) -> Tensor:
     """Output `[B, 1, HQ, DV]` of one token, in one launch; the state is updated in place."""
     (B, _, H, M), (DK, DV) = g.shape, (k.shape[3], v.shape[3])
     o = torch.empty(B, 1, q.shape[2], DV, dtype=q.dtype, device=q.device)
-    inputs = [view(x) for x in (q, k, v, g)]
-    inputs += [inputs[-1] if x is None else view(x) for x in (s, slot)]
     GROUP = q.shape[2] // H
-    config = config_for(q.device, max(DK, DV), M, half=True)
-    step_kernel[(B * H,)](
-        *inputs, gating, positions, keys, values, view(o), H, scale, GROUP=GROUP,
-        ROWS=block(GROUP), M=M, DK=DK, DV=DV, BK=block(DK), BV=block(DV),
-        GATE=gate_kind(s, slot, gating), HIDE=positions is not None, **config.step,
-    )  # fmt: skip
+    config = config or config_for(q.device, max(DK, DV), M, half=True)
+    known = config.step | {
+        "q": view(q), "k": view(k), "v": view(v), "g": view(g), "s": view(g if s is None else s),
+        "slot": view(g if slot is None else slot), "gating": gating, "positions": positions, "keys": keys,
+        "values": values, "o": view(o), "H": H, "scale": scale, "GROUP": GROUP, "ROWS": block(GROUP), "M": M, "DK": DK,
+        "DV": DV, "BK": block(DK), "BV": block(DV), "GATE": gate_kind(s, slot, gating), "HIDE": positions is not None,
+    }  # fmt: skip
+    tensors = (q, k, v, g, s, slot, positions, keys, values)
+    key = ("step", config, GROUP, H, M, DK, DV, known["GATE"], *map(fingerprint, tensors))
+    run([launch_of(step_kernel, (B * H, 1, 1), config.step, known)], key, q.device)
     return o
 
 

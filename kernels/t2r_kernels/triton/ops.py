@@ -139,8 +139,8 @@ def _step(
     normalizer: float,
 ) -> Tensor:
     """`launch.step`: the output; keys and values are updated in place."""
-    gating = Gating(write_logit, keep_logit, normalizer, 1 / normalizer)
-    return launch.step(q, k, v, g, s, slot, positions, keys, values, scale, gating)
+    gating = Gating(float(write_logit), float(keep_logit), float(normalizer), 1 / normalizer)
+    return launch.step(q, k, v, g, s, slot, positions, keys, values, float(scale), gating)
 
 
 gsa_step_op = custom_op("t2r::gsa_step", _step, mutates_args=("keys", "values"))
@@ -157,8 +157,8 @@ def token(*arguments) -> Tensor:
 
 
 def _call(q, k, v, g, s, slot, cu_seqlens, offsets, scale, write_logit, keep_logit, normalizer) -> launch.Call:
-    gating = Gating(write_logit, keep_logit, normalizer, 1 / normalizer)
-    return launch.Call(q, k, v, g, s, slot, cu_seqlens, offsets, scale, gating)
+    gating = Gating(float(write_logit), float(keep_logit), float(normalizer), 1 / normalizer)
+    return launch.Call(q, k, v, g, s, slot, cu_seqlens, offsets, float(scale), gating)
 
 
 def _final_state(k: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor]:

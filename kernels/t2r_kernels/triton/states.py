@@ -71,17 +71,19 @@ def chunk_states_kernel(
 
     Also `decay[c, h]`, `[M]`: by how much (log) the chunk shrinks what was there before; and `bands[c, h]`, the number
     of bands its weights need (see `blocks.band_write`). With KEEP, for the backward pass, also G, `[B, T, H, M]` fp32
-    in `sums`, and `exp(-G_j) s_j` in the operand dtype in `written` (of use where one band is enough). One program per
-    chunk and key/value head, BS slots at a time.
+    in `sums`, and `exp(-G_j) s_j` in the operand dtype in `written`, s_j where one band is not enough for a slot. One
+    program per chunk and key/value head, BS slots at a time.
     """
     c, h = tl.program_id(0), tl.program_id(1)
     at = locate(c, table, T, C, PACKED)
     k_tile = load_tile(k, at, h, 0, DK, C, BD, OP)
     v_tile = load_tile(v, at, h, 0, DV, C, BD, OP)
     W: tl.constexpr = DK + DV
+    # Like a thread's share of G, so that the gates are not computed twice to have them in two layouts.
+    RUN: tl.constexpr = 4 if KEEP else 16
     deepest = 0.0
     for m0 in range(0, M, BS):
-        gate, strength = load_gates(g, s, slot, at, h, m0, gating, M, C, BS, GATE)
+        gate, strength = load_gates(g, s, slot, at, h, m0, gating, M, C, BS, GATE, RUN)
         G = cumulative(gate)
         end = last_row(G, C)
         share = tl.exp(end[None, :] - G) * strength
@@ -94,11 +96,23 @@ def chunk_states_kernel(
         if KEEP:
             pointers, exists = tile(sums, at, h, m0, M, C, BS)
             tl.store(pointers, G, mask=exists)
-            pointers, exists = tile(written, at, h, m0, M, C, BS)
-            write = operand(share * tl.exp(tl.minimum(-end, ONE_BAND))[None, :], OP, PRECISION)
-            tl.store(pointers, write, mask=exists)
+            pointers, exists = tile(written, at, h, m0, M, C, BS, RUN)
+            write = tl.where((end < -ONE_BAND)[None, :], strength, share * tl.exp(tl.minimum(-end, ONE_BAND))[None, :])
+            tl.store(pointers, operand(write, OP, PRECISION), mask=exists)
     count = tl.where(deepest <= ONE_BAND, 1, 1 + tl.floor(deepest / MANY_BANDS).to(tl.int32))
     tl.store(bands + c * H + h, tl.where(at.length > 0, count, 0))
+
+
+@triton.jit
+def scanned(states, decay, first, i, count, h, H, e, here, M: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr):
+    """Chunk i of a scan: where its elements e lie, whether they exist, what they hold, what is kept of those before.
+
+    Beyond the last chunk: nothing, and all."""
+    here = here & (i < count)
+    c = (first + (count - 1 - i if REVERSE else i)).to(tl.int64) * H + h
+    there = states + c * (M * W) + e
+    new = tl.load(there, mask=here, other=0.0).to(tl.float32)
+    return there, here, new, tl.exp(tl.load(decay + c * M + e // W, mask=here, other=0.0))
 
 
 @triton.jit
@@ -129,13 +143,19 @@ def scan_kernel(
         first, count = tl.load(bounds + n), tl.load(bounds + n + 1) - tl.load(bounds + n)
     else:
         first, count = n * per, per
-    for i in range(0, count):
-        c = (first + (count - 1 - i if REVERSE else i)).to(tl.int64) * H + h
-        there = states + c * (M * W) + e
-        new = tl.load(there, mask=here, other=0.0).to(tl.float32)
-        keep = tl.exp(tl.load(decay + c * M + m, mask=here, other=0.0))
-        tl.store(there, x.to(states.dtype.element_ty), mask=here)
-        x = keep * x + new
+    for i in range(0, count, 4):  # four at a time, so that four loads are on their way
+        there0, here0, new0, keep0 = scanned(states, decay, first, i, count, h, H, e, here, M, W, REVERSE)
+        there1, here1, new1, keep1 = scanned(states, decay, first, i + 1, count, h, H, e, here, M, W, REVERSE)
+        there2, here2, new2, keep2 = scanned(states, decay, first, i + 2, count, h, H, e, here, M, W, REVERSE)
+        there3, here3, new3, keep3 = scanned(states, decay, first, i + 3, count, h, H, e, here, M, W, REVERSE)
+        tl.store(there0, x.to(states.dtype.element_ty), mask=here0)
+        x = keep0 * x + new0
+        tl.store(there1, x.to(states.dtype.element_ty), mask=here1)
+        x = keep1 * x + new1
+        tl.store(there2, x.to(states.dtype.element_ty), mask=here2)
+        x = keep2 * x + new2
+        tl.store(there3, x.to(states.dtype.element_ty), mask=here3)
+        x = keep3 * x + new3
     if HAS_LAST:
         tl.store(last_keys + of_keys, x, mask=is_key)
         tl.store(last_values + of_values, x, mask=is_value)
