@@ -5,6 +5,7 @@
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
+from benchmarks.peers import compile_flash_linear_attention, flash_linear_attention, softmax_attention
 from benchmarks.record import write_results
 from t2r_kernels import Gate, gsa, gsa_step
 
@@ -51,26 +52,37 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="measure t2r and the floor alone")
     options = parser.parse_args()
     if not options.no_measure:
-        rows = []
+        rows: dict[str, dict] = {}
         for more in measure(peers=not options.no_peers):
-            rows += more
-            print(table(more, header=len(rows) == len(more)), flush=True)
-            write_results("operator", rows, options.out)  # after each, so that a run that is cut off leaves something
+            print(table(more, header=not rows), flush=True)
+            for row in more:
+                rows.setdefault(row["name"], {}).update(row)
+            # after each, so that a run that is cut off leaves something
+            write_results("operator", list(rows.values()), options.out)
     draw(options.out)
 
 
 def measure(peers: bool) -> Iterator[list[dict]]:
-    """All rows, in the order of `operator.json`, a few at a time."""
+    """All rows of `operator.json`, a few at a time; those of flash-linear-attention by themselves, at the end."""
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     yield [
         {"name": "copy_bandwidth", "unit": "TB/s", "ours": round(bandwidth / 1e12, 3)},
         {"name": "first_call/8x2048", "unit": "s", "ours": round(first_call(), 2)},
     ]
-    yield [decode(B, bandwidth, peers) for B in DECODE]
+    yield [decode(B, bandwidth, {"ours": our_step(B)}) for B in DECODE]
+    ours = {"ours": lambda q, k, v, logits, gate: gsa(q, k, v, logits, gate=gate, hide_unwritten=True)[0]}
+    softmax = {"sdpa": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION} if peers else {}
+    softmax = {name: softmax_attention(backend) for name, backend in softmax.items()}
     for shape, B, T in WHOLE:
-        yield whole(shape, B, T, bandwidth, peers)
+        yield whole(shape, B, T, bandwidth, ours if shape is WIDE else ours | softmax)
     yield [overwritten(bandwidth)]
+    fla = flash_linear_attention() if peers else None
+    if fla is not None:
+        compile_flash_linear_attention(len(os.sched_getaffinity(0)))
+        yield [decode(B, bandwidth, {"fla": flash_linear_attention(recurrent=True)}) for B in DECODE]
+        for B, T in LENGTHS:
+            yield whole(MISTRAL, B, T, bandwidth, {"fla": fla})
 
 
 def first_call() -> float:
@@ -83,33 +95,27 @@ def first_call() -> float:
     return time.perf_counter() - start
 
 
-def whole(shape: Shape, B: int, T: int, bandwidth: float, peers: bool) -> list[dict]:
+def whole(shape: Shape, B: int, T: int, bandwidth: float, runs: dict[str, Callable]) -> list[dict]:
     """Forward, forward + backward (GPU time, and the host's to issue it) and peak memory over whole sequences."""
     sets = [inputs(shape, B, T) for _ in range(2)]
     do = torch.randn_like(sets[0][0])
-    read = sum(x.nbytes for x in sets[0][:4])
-    name = f"{shape.name}{B}x{T}"
-    runs = {"ours": lambda q, k, v, logits, gate: gsa(q, k, v, logits, gate=gate, hide_unwritten=True)[0]}
-    if peers:
-        runs |= {"fla": flash_linear_attention(), "sdpa": softmax_attention}
-    rows = {
-        kind: {"name": f"{kind}/{name}", "unit": unit, "ours": None}
+    read, name = sum(x.nbytes for x in sets[0][:4]), f"{shape.name}{B}x{T}"
+    forward, both, host, peak = (
+        {"name": f"{kind}/{name}", "unit": unit}
         for kind, unit in (("forward", "ms"), ("forward_backward", "ms"), ("host", "ms"), ("peak_mib", "MiB"))
-    }
+    )
     for peer, run in runs.items():
-        if run is None or (peer == "fla" and shape is not MISTRAL):
-            continue  # it tunes itself for minutes at each new shape
 
-        def both(x, run=run):
+        def pass_(x, run=run):
             return torch.autograd.grad(run(*x), x[:4], do, allow_unused=True)
 
-        rows["forward"][peer] = milliseconds(without_gradients(run), sets)
-        rows["forward_backward"][peer] = milliseconds(both, sets)
-        rows["host"][peer] = host_milliseconds(lambda both=both: both(sets[0]))
-        rows["peak_mib"][peer] = peak_mib(lambda both=both: both(sets[0]))
-    rows["forward"]["floor"] = round((read + do.nbytes) / bandwidth * 1e3, 4)
-    rows["forward_backward"]["floor"] = round((3 * read + 2 * do.nbytes) / bandwidth * 1e3, 4)
-    return list(rows.values())
+        forward[peer] = milliseconds(without_gradients(run), sets)
+        both[peer] = milliseconds(pass_, sets)
+        host[peer] = host_milliseconds(lambda pass_=pass_: pass_(sets[0]))
+        peak[peer] = peak_mib(lambda pass_=pass_: pass_(sets[0]))
+    forward["floor"] = round((read + do.nbytes) / bandwidth * 1e3, 4)
+    both["floor"] = round((3 * read + 2 * do.nbytes) / bandwidth * 1e3, 4)
+    return [forward, both, host, peak]
 
 
 def overwritten(bandwidth: float) -> dict:
@@ -123,7 +129,7 @@ def overwritten(bandwidth: float) -> dict:
     return {"name": "forward/8x2048-overwrite", "unit": "ms", "ours": milliseconds(run, sets), "floor": round(floor, 4)}
 
 
-def decode(B: int, bandwidth: float, peers: bool) -> dict:
+def decode(B: int, bandwidth: float, runs: dict[str, Callable]) -> dict:
     """One token for each of B sequences, replayed from a CUDA graph over states that do not fit into the cache."""
     shape, sets = MISTRAL, []
     state_bytes = 2 * B * shape.state_heads * shape.num_slots * shape.width * 4
@@ -131,17 +137,19 @@ def decode(B: int, bandwidth: float, peers: bool) -> dict:
         q, k, v, logits, gate = (x.detach() if isinstance(x, Tensor) else x for x in inputs(shape, B, 1))
         keys = torch.randn(B, shape.state_heads, shape.num_slots, shape.width, device="cuda")
         sets.append((q, k, v, logits, gate, (keys, torch.randn_like(keys))))
+    times = {peer: graph_milliseconds(run, sets) for peer, run in runs.items()}
+    moved = 2 * state_bytes + sum(x.nbytes for x in sets[0][:4]) + sets[0][0].nbytes
+    return {"name": f"decode/{B}", "unit": "ms"} | times | {"floor": round(moved / bandwidth * 1e3, 4)}
+
+
+def our_step(B: int) -> Callable:
+    """One token with `gsa_step`, late enough in its sequence that every slot is visible."""
     position = torch.full((B,), 100, device="cuda")
 
-    def ours(q, k, v, logits, gate, state):
+    def run(q, k, v, logits, gate, state):
         gsa_step(q, k, v, logits, state, gate=gate, hide_unwritten=True, position_offset=position)
 
-    row = {"name": f"decode/{B}", "unit": "ms", "ours": graph_milliseconds(ours, sets)}
-    fla = flash_linear_attention(recurrent=True) if peers else None
-    if fla is not None:
-        row["fla"] = graph_milliseconds(fla, sets)
-    moved = 2 * state_bytes + sum(x.nbytes for x in sets[0][:4]) + sets[0][0].nbytes
-    return row | {"floor": round(moved / bandwidth * 1e3, 4)}
+    return run
 
 
 def inputs(shape: Shape, B: int, T: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Gate]:
@@ -155,36 +163,6 @@ def inputs(shape: Shape, B: int, T: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     slot = torch.where(position < 4, position, 4 + (position - 4) % ring).int()
     gate = Gate(slot[None, :, None].expand(B, T, shape.state_heads), write_logit=7.0, keep_logit=12.0)
     return q, k, v, normal(shape.state_heads, shape.num_slots), gate
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *_) -> Tensor:
-    """Causal softmax attention, PyTorch's flash backend."""
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        o = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
-        )
-    return o.transpose(1, 2)
-
-
-def flash_linear_attention(recurrent: bool = False) -> Callable | None:
-    """flash-linear-attention's operator, if installed; its gates and strengths are computed beforehand."""
-    try:
-        from fla.ops.gsa import chunk_gsa, fused_recurrent_gsa
-    except ImportError:
-        return None
-    gates: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def run(q, k, v, logits, _, state=None):
-        if id(logits) not in gates:
-            g = F.logsigmoid(logits.detach().float()).to(logits.dtype)
-            gates[id(logits)] = (g, (1 - g.float().exp()).to(logits.dtype))
-        g, s = (x.requires_grad_(logits.requires_grad) for x in gates[id(logits)])
-        if recurrent:
-            keys, values = state
-            return fused_recurrent_gsa(q, k, v, s, g, initial_state=(keys.mT, values), output_final_state=True)
-        return chunk_gsa(q, k, v, s, g)[0]
-
-    return run
 
 
 def without_gradients(run: Callable) -> Callable[[tuple], Tensor]:
@@ -209,7 +187,7 @@ def milliseconds(run: Callable, sets: list, budget: float = 0.4) -> float:
     run(sets[0])
     issued = time.perf_counter() - start
     torch.cuda.synchronize()
-    calls = max(5, min(200, int(budget / (time.perf_counter() - start))))
+    calls = max(3, min(200, int(budget / (time.perf_counter() - start))))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     for i, (begin, end) in enumerate(events):
         torch.cuda._sleep(int(4e9 * issued))  # cycles
@@ -263,7 +241,7 @@ def copy_bandwidth() -> float:
 
 def table(rows: list[dict], header: bool) -> str:
     """The rows, one a line."""
-    peers = ("ours", "fla", "sdpa", "floor")
+    peers = ("ours", "fla", "sdpa", "cudnn", "floor")
     lines = [f"{'':34s}" + "".join(f"{peer:>10s}" for peer in peers)] if header else []
     for row in rows:
         values = (f"{row[peer]:10.4g}" if row.get(peer) is not None else f"{'–':>10s}" for peer in peers)
@@ -283,6 +261,7 @@ def draw(out: Path) -> None:
     rows = {row["name"]: row for row in json.loads((out / "operator.json").read_text(encoding="utf-8"))["rows"]}
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     labels = {"ours": "t2r, 64 slots", "fla": "flash-linear-attention", "sdpa": "softmax attention (flash)"}
+    labels |= {"cudnn": "softmax attention (cuDNN)"}
     for peer, label in (*labels.items(), ("floor", "memory floor")):
         points = [
             (T, row[peer] / (B * T) * 1024 * 1e3)
