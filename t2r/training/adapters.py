@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from t2r.model import T2RConfig, T2RForCausalLM, new_parameters
-from t2r.training.config import LoraConfig, OptimConfig
+from t2r.model import LINEAR_ATTENTION, T2RConfig, T2RForCausalLM, new_parameters
+from t2r.training.config import LoraConfig, OptimConfig, StageConfig
 
 
 def added_modules(config: T2RConfig) -> list[str]:
@@ -51,21 +51,38 @@ def add_adapters(model: T2RForCausalLM, lora: LoraConfig) -> PeftModel:
     return wrapped
 
 
+def select_trained(model: PeftModel, stage: StageConfig) -> None:
+    """Let train what a stage trains: adapters and added parameters, or these alone; to align, those of attention."""
+    added, linear = added_modules(model.config), _converted_layers(model.config)
+    for name, parameter in model.named_parameters():
+        is_added = any(f".{module}.modules_to_save." in name for module in added)
+        wanted = is_added or ("lora_" in name and stage.trains == "lora")
+        aligned = not stage.loss.align or any(f".layers.{i}.self_attn." in name for i in linear)
+        parameter.requires_grad_(wanted and aligned)
+
+
+def _converted_layers(config: T2RConfig) -> list[int]:
+    return [i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION]
+
+
 def parameter_groups(model: PeftModel, optim: OptimConfig) -> list[dict]:
     """Adapters and added parameters, each with its learning rate."""
     added = added_modules(model.config)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     gates = [p for name, p in trained if any(f".{module}." in name for module in added)]
     rest = [p for name, p in trained if not any(f".{module}." in name for module in added)]
-    return [
+    groups = [
         {"params": rest, "lr": optim.lr, "weight_decay": optim.weight_decay},
         {"params": gates, "lr": optim.gate_lr, "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
 
 @contextmanager
 def teacher(model: PeftModel) -> Iterator[T2RForCausalLM]:
     """The teacher that the student carries in itself: frozen weights, adapters off, softmax attention."""
-    base = model.get_base_model()
+    base, trains = model.get_base_model(), [p.requires_grad for p in model.parameters()]
     with torch.no_grad(), model.disable_adapter(), base.softmax_attention():
         yield base
+    for parameter, train in zip(model.parameters(), trains, strict=True):  # which PEFT sets as it thinks fit
+        parameter.requires_grad_(train)

@@ -1,11 +1,9 @@
-"""The finetune's configuration: typed, from a YAML file and `key=value` overrides."""
+"""What a training run can be told, typed; `t2r.training.recipe` reads it from YAML."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
-import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 
 @dataclass
@@ -47,14 +45,22 @@ class LossConfig:
     """What is minimised: a weighted sum, per predicted token.
 
     Attributes:
-        distill: weight of the KL divergence from the teacher, whose weights are the student's own frozen ones.
+        align: weight of the alignment of each layer: how far its output is from that of the teacher's softmax
+            attention on the teacher's own hidden states, relative to that output's size, squared. By itself only.
+        distill: weight of the KL divergence from the teacher.
         cross_entropy: weight of the cross-entropy with the text.
         temperature: of both models in the KL divergence, which is scaled by its square.
+        direction: `forward`, KL(teacher, student), covers all that the teacher would say; `reverse`, KL(student,
+            teacher), avoids what it would not say.
+        top_k: only the teacher's this many likeliest tokens by themselves, all others as one. None for all.
     """
 
+    align: float = 0.0
     distill: float = 1.0
     cross_entropy: float = 0.0
     temperature: float = 1.0
+    direction: str = "forward"
+    top_k: int | None = None
 
 
 @dataclass
@@ -94,8 +100,35 @@ class EvalConfig:
 
 
 @dataclass
+class StageConfig:
+    """One stage of a run. What an entry of `stages` leaves out is as at the recipe's top.
+
+    Attributes:
+        stage: `align`, `distill` or `finetune` (cross-entropy); sets the weights of `loss`.
+        steps: optimizer steps.
+        tokens: in place of `steps`: as many steps as it takes to see these many tokens.
+        sequence_length: tokens of a row.
+        batch_size: rows in one forward pass, per process.
+        gradient_accumulation: forward passes to an optimizer step.
+        trains: `lora` (the adapters, and the parameters that conversion added) or `gates` (the latter alone).
+        loss: the objective.
+        optim: the optimizer; its schedule runs over the stage.
+    """
+
+    stage: str = "distill"
+    steps: int | None = None
+    tokens: int | None = None
+    sequence_length: int = 1024
+    batch_size: int = 1
+    gradient_accumulation: int = 1
+    trains: str = "lora"
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
 class TrainConfig:
-    """A finetune.
+    """A run of one stage, or of the several that `stages` lists.
 
     Attributes:
         model: a converted model: a folder or a Hub id.
@@ -105,7 +138,10 @@ class TrainConfig:
         loss: the objective.
         optim: the optimizer.
         eval: perplexity before and after.
+        stages: what each stage does otherwise, by the keys of `StageConfig`; empty for a single stage.
+        trains: `lora` or `gates`, see `StageConfig`.
         steps: optimizer steps.
+        tokens: in place of `steps`: as many steps as it takes to see these many tokens.
         batch_size: rows in one forward pass, per process.
         gradient_accumulation: forward passes to an optimizer step.
         save_every: steps between checkpoints.
@@ -124,7 +160,10 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    steps: int = MISSING
+    stages: list[Any] = field(default_factory=list)
+    trains: str = "lora"
+    steps: int | None = None
+    tokens: int | None = None
     batch_size: int = 1
     gradient_accumulation: int = 1
     save_every: int = 500
@@ -134,81 +173,3 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     dtype: str = "auto"
     report_to: list[str] = field(default_factory=list)
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
-    """Read a configuration.
-
-    Args:
-        path: a YAML file.
-        overrides: `key=value` or `section.key=value`, stronger than the file.
-
-    Raises:
-        ValueError: the file is missing or no YAML mapping, a key is unknown (the error suggests one), a value has
-            the wrong type or is out of range, or a mandatory one is missing.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such configuration file")
-    wrong = [o for o in overrides or [] if "=" not in o]
-    if wrong:
-        raise ValueError(f"override {wrong[0]!r} is not of the form key=value")
-    try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(TrainConfig), OmegaConf.load(path), OmegaConf.from_dotlist(overrides or [])
-        )
-        config: TrainConfig = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from error
-    _check(config, path)
-    return config
-
-
-def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-
-
-def as_dict(config: TrainConfig) -> dict:
-    """The configuration as plain dictionaries."""
-    return OmegaConf.to_container(OmegaConf.structured(config))
-
-
-def _one_line(error: OmegaConfBaseException) -> str:
-    """OmegaConf's message with the key's full name, without its lines about types."""
-    message = str(error).splitlines()[0]
-    key = getattr(error, "full_key", None)
-    return message if not key or f"'{key}'" in message else f"{message} (at {key})"
-
-
-def _check(config: TrainConfig, path: Path) -> None:
-    at_least_one = {
-        "steps": config.steps,
-        "batch_size": config.batch_size,
-        "gradient_accumulation": config.gradient_accumulation,
-        "save_every": config.save_every,
-        "save_limit": config.save_limit,
-        "log_every": config.log_every,
-        "lora.r": config.lora.r,
-    }
-    for key, value in at_least_one.items():
-        if value < 1:
-            raise ValueError(f"{path}: {key} must be at least 1, got {value}")
-    for key in ("lr", "gate_lr", "weight_decay", "max_grad_norm", "warmup_steps"):
-        if getattr(config.optim, key) < 0:
-            raise ValueError(f"{path}: optim.{key} must not be negative, got {getattr(config.optim, key)}")
-    if config.data.sequence_length < 2:
-        raise ValueError(f"{path}: data.sequence_length must be at least 2, got {config.data.sequence_length}")
-    if not config.data.files:
-        raise ValueError(f"{path}: data.files names no file")
-    for key in ("distill", "cross_entropy"):
-        if getattr(config.loss, key) < 0:
-            raise ValueError(f"{path}: loss.{key} must not be negative, got {getattr(config.loss, key)}")
-    if config.loss.distill == config.loss.cross_entropy == 0:
-        raise ValueError(f"{path}: loss.distill and loss.cross_entropy are both 0, so there is nothing to learn")
-    if config.loss.temperature <= 0:
-        raise ValueError(f"{path}: loss.temperature must be positive, got {config.loss.temperature}")
-    if config.dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"{path}: dtype must be auto, float32 or bfloat16, got {config.dtype!r}")

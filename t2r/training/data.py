@@ -145,17 +145,17 @@ class PackedRows(Dataset):
         return len(self.tokens.ids) // self.length
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        """`input_ids`, int64 `[sequence_length]`, and `starts`, the documents' first places, int64, from 0."""
+        """`input_ids`, int64 `[sequence_length]`; `starts`, the documents' first places, int64, from 0; and `row`."""
         start = row * self.length
         end = start + self.length
         bounds = self.tokens.bounds
         inside = bounds[np.searchsorted(bounds, start, "right") : np.searchsorted(bounds, end, "left")] - start
         ids = torch.from_numpy(self.tokens.ids[start:end].astype(np.int64))
-        return {"input_ids": ids, "starts": torch.tensor([0, *inside.tolist()])}
+        return {"input_ids": ids, "starts": torch.tensor([0, *inside.tolist()]), "row": row}
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Flatten rows into one, `[1, total]`, with the bounds of all documents in it.
+    """Flatten rows into one, `[1, total]`, with the bounds of all documents in it and the `rows`' numbers.
 
     A document's first token is nobody's target: its predecessor belongs to another document.
     """
@@ -165,4 +165,5 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     labels = input_ids.clone()
     labels[starts] = IGNORED
     cu_seqlens = torch.cat([starts, lengths[-1:]]).to(torch.int32)
-    return {"input_ids": input_ids[None], "labels": labels[None], "cu_seqlens": cu_seqlens}
+    numbers = [row["row"] for row in rows]
+    return {"input_ids": input_ids[None], "labels": labels[None], "cu_seqlens": cu_seqlens, "rows": numbers}

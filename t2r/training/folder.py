@@ -1,17 +1,15 @@
 """A run's folder: what may be written, where to go on from, and whether it has come to its end."""
 
 import shutil
-import warnings
 from pathlib import Path
 
 from rich.console import Console
 
-from t2r.training.config import TrainConfig, as_dict, load_config, save_config
+from t2r.training.config import TrainConfig
+from t2r.training.recipe import as_dict, load_config, save_config
 from t2r_conversion.record import read_record
 
 CONFIG = "config.yaml"
-# The Trainer writes the state last.
-CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
 def is_finished(run: Path) -> bool:
@@ -19,21 +17,6 @@ def is_finished(run: Path) -> bool:
     record = read_record(run)
     evaluated = "after" in record.get("evaluation", {"after": None})
     return (run / "adapter_config.json").is_file() and "training" in record and evaluated
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that is whole; one that a kill has torn is passed over."""
-    for path in sorted(output.glob("checkpoint-*"), key=step_of, reverse=True):
-        missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
-        if not missing:
-            return path
-        warnings.warn(f"{path} lacks {', '.join(missing)}; it is passed over", stacklevel=2)
-    return None
-
-
-def step_of(checkpoint: Path) -> int:
-    """Optimizer steps that a checkpoint has behind it."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def check_folder(config: TrainConfig, resume: bool, overwrite: bool) -> None:
@@ -47,7 +30,7 @@ def check_folder(config: TrainConfig, resume: bool, overwrite: bool) -> None:
         return
     if not (output / CONFIG).is_file():
         raise ValueError(f"{output}: not empty and no t2r train run; choose another output")
-    started = any(output.glob("checkpoint-*")) or (output / "adapter_config.json").is_file()
+    started = any(output.glob("*/checkpoint-*")) or (output / "adapter_config.json").is_file()
     if started and not (resume or overwrite):
         raise ValueError(f"{output}: holds a run already; --resume goes on with it, --overwrite deletes it")
     if resume and (changed := _differences(as_dict(load_config(output / CONFIG)), as_dict(config))):

@@ -9,8 +9,8 @@ from peft import PeftModel
 
 from t2r.evaluation import load_model
 from t2r.evaluation.loading import locate
-from t2r.training.config import load_config
 from t2r.training.folder import CONFIG
+from t2r.training.recipe import load_config
 from t2r_conversion.record import read_record, write_record
 from t2r_conversion.writer import check_output, check_space, copy_small_files, made_whole
 

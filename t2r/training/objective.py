@@ -23,12 +23,35 @@ def token_loss(weights: LossConfig) -> TokenLoss:
         if weights.cross_entropy:
             total = total + weights.cross_entropy * F.cross_entropy(student, targets, reduction="sum")
         if weights.distill:
-            log_q, log_p = (student / heat).log_softmax(-1), (teacher / heat).log_softmax(-1)
-            kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            kl = divergence(student / heat, teacher / heat, weights.direction, weights.top_k)
             total = total + weights.distill * heat**2 * kl
         return total
 
     return loss
+
+
+def divergence(student: Tensor, teacher: Tensor, direction: str = "forward", top_k: int | None = None) -> Tensor:
+    """KL divergence between two models' predictions, summed over tokens.
+
+    Args:
+        student: logits, `[n, vocab]`.
+        teacher: logits, `[n, vocab]`.
+        direction: `forward` for KL(teacher, student), `reverse` for KL(student, teacher).
+        top_k: tell apart only the teacher's this many likeliest tokens; the others count as one.
+    """
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    if top_k is not None and top_k < log_p.shape[-1]:
+        best = log_p.topk(top_k, -1).indices
+        log_q, log_p = (_lumped(x, best) for x in (log_q, log_p))
+    if direction == "reverse":
+        log_q, log_p = log_p, log_q
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+def _lumped(log_p: Tensor, kept: Tensor) -> Tensor:
+    """Log-probabilities of the kept tokens, and of all others together, `[n, k + 1]`."""
+    rest = log_p.scatter(-1, kept, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([log_p.gather(-1, kept), rest], -1)
 
 
 def chunked_loss(
@@ -78,3 +101,19 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         return None, None, None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
+
+
+def delivered(value: Tensor, parameters: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    """`value`, with gradients by the parameters that have been computed already."""
+    return _Delivered.apply(value, gradients, *parameters)
+
+
+class _Delivered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, gradients, *parameters):  # noqa: ARG004
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None, None, *(upstream * gradient for gradient in ctx.saved_tensors)

@@ -6,6 +6,14 @@ from pathlib import Path
 from t2r_conversion.record import read_record
 
 BEFORE, AFTER, TEACHER = "#d95f02", "#1b6ca8", "#444444"
+STAGE = {
+    "steps": "steps",
+    "tokens": "tokens",
+    "sequence_length": "sequence length",
+    "trains": "trains",
+    "objective": "objective",
+    "optimizer": "optimizer",
+}
 CONVERSION = (
     "source",
     "family",
@@ -44,7 +52,9 @@ def _page(record: dict) -> str:
     ]
     if "evaluation" in record:
         lines += _evaluation(record["evaluation"])
-    lines += _table("Training", record["training"])
+    training = record["training"]
+    lines += _table("Training", {key: value for key, value in training.items() if key != "stages"})
+    lines += ["", *_stages(training["stages"])]
     if conversion:
         lines += ["", *_table("Conversion", {key: conversion[key] for key in CONVERSION if key in conversion})]
     return "\n".join(lines) + "\n"
@@ -53,6 +63,11 @@ def _page(record: dict) -> str:
 def _table(title: str, rows: dict) -> list[str]:
     cells = [f"| {key.replace('_', ' ')} | {_plain(value)} |" for key, value in rows.items()]
     return [f"## {title}", "", "| | |", "|---|---|", *cells]
+
+
+def _stages(stages: list[dict]) -> list[str]:
+    lines = ["## Stages", "", f"| stage | {' | '.join(STAGE.values())} |", "|---" * (1 + len(STAGE)) + "|"]
+    return lines + [f"| {s['stage']} | {' | '.join(_plain(s[key]) for key in STAGE)} |" for s in stages]
 
 
 def _evaluation(evaluation: dict) -> list[str]:
@@ -86,23 +101,49 @@ def _plain(value) -> str:
 def _draw(record: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    evaluation = record.get("evaluation")
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, 2 if evaluation else 1, squeeze=False)[0]
-    _draw_loss(axes[0], record["history"])
-    if evaluation:
-        _draw_ratios(axes[1], evaluation)
+    evaluation, history = record.get("evaluation"), record["history"]
+    aligned = [entry for entry in history if "alignment" in entry]
+    figure = Figure(figsize=(11 if not aligned else 16, 4), layout="constrained")
+    columns = 1 + bool(evaluation) + bool(aligned)
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+    _draw_loss(axes[0], history)
+    if aligned:
+        _draw_alignment(axes[1], aligned)
+    if evaluation:
+        _draw_ratios(axes[-1], evaluation)
     figure.savefig(path, dpi=120)
 
 
 def _draw_loss(axis, history: list[dict]) -> None:
-    steps, losses = [e["step"] for e in history], [e["loss"] for e in history]
-    axis.plot(steps, losses, color=AFTER, alpha=0.3)
-    axis.plot(steps, _smooth(losses), color=AFTER)
-    axis.set(xlabel="step", ylabel="nats per token", title="Training loss, and its running mean")
+    stages = dict.fromkeys(entry["stage"] for entry in history)
+    for stage in stages:
+        entries = [entry for entry in history if entry["stage"] == stage]
+        steps, losses = [e["step"] for e in entries], [e["loss"] for e in entries]
+        axis.plot(steps, losses, color=AFTER, alpha=0.3)
+        axis.plot(steps, _smooth(losses), color=AFTER)
+        if len(stages) > 1:
+            axis.axvline(steps[0] - 0.5, color=TEACHER, linewidth=0.5)
+            axis.annotate(stage, (steps[0], 1.0), xycoords=("data", "axes fraction"), fontsize=8, va="bottom")
+    unit = "nats per token" if len(stages) == 1 else "loss per token"
+    axis.set(xlabel="step", ylabel=unit)
+    axis.set_title("Training loss, and its running mean", pad=18 if len(stages) > 1 else None)
+    if len(stages) > 1 and all(entry["loss"] > 0 for entry in history):
+        axis.set_yscale("log")
+
+
+def _draw_alignment(axis, entries: list[dict]) -> None:
+    """Each layer's error, first layer to last as dark to bright."""
+    from matplotlib import colormaps
+
+    layers = len(entries[0]["alignment"])
+    for i in range(layers):
+        color = colormaps["viridis"](i / max(1, layers - 1))
+        axis.plot([e["step"] for e in entries], [e["alignment"][i] for e in entries], color=color, linewidth=1)
+    axis.set(xlabel="step", ylabel="relative squared error", yscale="log")
+    axis.set_title(f"Alignment of {layers} layers, first (dark) to last")
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -1,22 +1,27 @@
-"""A finetune from beginning to end: prepare, evaluate, train, evaluate again, report."""
+"""A run from beginning to end: prepare, evaluate, train stage by stage, evaluate again, report."""
 
+import os
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from peft import PeftModel
 from rich.console import Console
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from t2r.evaluation import load_model, load_tokenizer, read_text
 from t2r.model import T2RForCausalLM
 from t2r.training.adapters import add_adapters
-from t2r.training.config import load_config
 from t2r.training.data import PackedRows, tokenise
 from t2r.training.evaluator import Evaluator
-from t2r.training.folder import begin_folder, check_folder, is_finished, last_checkpoint, step_of
+from t2r.training.folder import begin_folder, check_folder, is_finished
+from t2r.training.recipe import load_config
 from t2r.training.report import write_report
+from t2r.training.stages import Stage, keep_last_checkpoint, plan_stages, step_of, where_to_go_on
 from t2r.training.summary import summarise_training
 from t2r.training.trainer import T2RTrainer, training_arguments
+from t2r.training.watch import ProgressLine, StopOnSigterm, Terminated
 from t2r_conversion.record import read_record, write_record
 
 
@@ -38,13 +43,14 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     Raises:
         ValueError: the configuration, the model, a text or the output folder is not what it should be, or the loss
             is no number.
+        Terminated: SIGTERM came; a checkpoint has been saved.
     """
     config = load_config(path, overrides)
     if resume and overwrite:
         raise ValueError("give either resume, which goes on with an earlier run, or overwrite, which deletes it")
     if Path(config.model).is_dir():
         config.model = str(Path(config.model).resolve())  # a merge may be called from another folder
-    output, state = Path(config.output), PartialState()
+    output, state = Path(config.output), _processes()
     if resume and is_finished(output):
         Console(stderr=True).print(f"{output}: finished already; report: {output / 'report.md'}", highlight=False)
         return read_record(output)
@@ -56,9 +62,13 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     check_folder(config, resume, overwrite)
     on_cuda = state.device.type == "cuda"
     dtype = ("bfloat16" if on_cuda else "float32") if config.dtype == "auto" else config.dtype
-    args = training_arguments(config, bf16=on_cuda and dtype == "bfloat16")
+    bf16 = on_cuda and dtype == "bfloat16"
+    stages = plan_stages(config, state.num_processes)
+    for stage in stages:
+        training_arguments(config, stage, bf16)  # better to fail now than when its turn comes
     with state.main_process_first():
-        rows = PackedRows(tokenise(config.data.files, config.data.column, tokenizer), config.data.sequence_length)
+        tokens = tokenise(config.data.files, config.data.column, tokenizer)
+    rows = [PackedRows(tokens, stage.config.sequence_length) for stage in stages]
     set_seed(config.seed)
     model = load_model(config.model, dtype=dtype, device=str(state.device))
     if not isinstance(model, T2RForCausalLM):
@@ -66,9 +76,9 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
             f"{config.model}: a {model.config.model_type} model; "
             f"convert it first (t2r convert {config.model} -o OUT) and set model: OUT"
         )
-    trainer = T2RTrainer(add_adapters(model, config.lora), config, rows, args)
+    model = add_adapters(model, config.lora)
 
-    evaluator = Evaluator(config.eval, tokenizer, trainer.model, state) if config.eval.text else None
+    evaluator = Evaluator(config.eval, tokenizer, model, state) if config.eval.text else None
     state.wait_for_everyone()  # before the folder that everyone has checked changes
     if state.is_main_process:
         begin_folder(config, overwrite)
@@ -79,20 +89,27 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         if state.is_main_process:
             write_record(output, record)
 
-    checkpoint = last_checkpoint(output) if resume else None
+    stage, checkpoint = where_to_go_on(stages) if resume else (None, None)
     if resume and state.is_main_process:
         Console(stderr=True).print(
             f"going on from {checkpoint or 'the start: there is no checkpoint'}", highlight=False
         )
-    _train(trainer, checkpoint)
-    trainer.model.save_pretrained(output, is_main_process=state.is_main_process)
+    record["history"], device = [], state.device
+    progress = ProgressLine(stages)
+    for i, next_rows in enumerate(rows):
+        resumed = checkpoint if stage and stage.index == i else None
+        over = bool(stage) and (i < stage.index or (resumed is not None and step_of(resumed) >= stages[i].steps))
+        if over:
+            record["history"] += _over(stages[i], model, resumed)
+            continue
+        progress.begin(stages[i])
+        args = training_arguments(config, stages[i], bf16)
+        record["history"] += _train(model, stages[i], next_rows, args, progress, resumed)
+        if state.is_main_process:
+            keep_last_checkpoint(stages[i])
+    model.save_pretrained(output, is_main_process=state.is_main_process)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
-    record["history"] = [
-        {key: entry[key] for key in ("step", "loss", "tokens_per_second", "learning_rate", "grad_norm") if key in entry}
-        for entry in trainer.state.log_history
-        if "loss" in entry
-    ]
-    record["training"] = summarise_training(config, trainer, rows, record["history"], dtype)
+    record["training"] = summarise_training(config, model, stages, tokens, record["history"], dtype, device)
     if evaluator:
         if state.is_main_process:
             write_record(output, record)  # a kill from here on costs the last table alone
@@ -104,13 +121,48 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     return record
 
 
-def _train(trainer: T2RTrainer, checkpoint: Path | None) -> None:
-    if checkpoint is None or step_of(checkpoint) < trainer.args.max_steps:
+def _processes() -> PartialState:
+    """This process among the others. Without a GPU accelerate wants to be told that several processes are on CPUs."""
+    return PartialState(**{"cpu": True} if "LOCAL_RANK" in os.environ and not torch.cuda.is_available() else {})
+
+
+def _train(
+    model: PeftModel,
+    stage: Stage,
+    rows: PackedRows,
+    args: TrainingArguments,
+    progress: ProgressLine,
+    checkpoint: Path | None,
+) -> list[dict]:
+    """Take the model through a stage; returns its part of the record's history."""
+    trainer = T2RTrainer(model, stage, rows, args, (progress,))
+    with StopOnSigterm(trainer.accelerator) as stop:
+        trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        return
-    # All steps are taken, and the Trainer would take one more.
-    trainer.model.load_adapter(str(checkpoint), trainer.model.active_adapter, is_trainable=True)
-    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if stop.stopped:
+        raise Terminated
+    return _history(stage, trainer.state)
+
+
+def _over(stage: Stage, model: PeftModel, checkpoint: Path | None) -> list[dict]:
+    """The history of a stage that is over. The last such one's checkpoint is where the next stage begins."""
+    last = stage.folder / f"checkpoint-{stage.steps}"
+    if checkpoint is not None:
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+    return _history(stage, TrainerState.load_from_json(str(last / "trainer_state.json")))
+
+
+def _history(stage: Stage, state: TrainerState) -> list[dict]:
+    """What the record keeps of a stage's log; steps are counted over all stages."""
+    kept = ("loss", "tokens_per_second", "learning_rate", "grad_norm")
+    history = []
+    for entry in state.log_history:
+        if "loss" in entry:
+            row = {"step": stage.steps_before + entry["step"], "stage": stage.name}
+            row |= {key: entry[key] for key in kept if key in entry}
+            alignment = [value for key, value in entry.items() if key.startswith("alignment/")]
+            history.append(row | ({"alignment": alignment} if alignment else {}))
+    return history
 
 
 def _inherited(base: dict) -> dict:

@@ -8,44 +8,67 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
+from peft import PeftModel
 
 import t2r
-from t2r.training.config import TrainConfig, as_dict
-from t2r.training.data import PackedRows
-from t2r.training.trainer import T2RTrainer
+from t2r.training.config import TrainConfig
+from t2r.training.data import Tokens
+from t2r.training.recipe import as_dict
+from t2r.training.stages import Stage
 
 
 def summarise_training(
-    config: TrainConfig, trainer: T2RTrainer, rows: PackedRows, history: list[dict], dtype: str
+    config: TrainConfig,
+    model: PeftModel,
+    stages: list[Stage],
+    tokens: Tokens,
+    history: list[dict],
+    dtype: str,
+    device: torch.device,
 ) -> dict:
     """What the model card and the report say of the training. No path of this machine among it."""
-    device = trainer.args.device
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    steps = trainer.state.global_step
+    state = PartialState()
     return {
-        "steps": steps,
-        "tokens": steps * trainer.tokens_per_step,
-        "tokens_in_data": len(rows.tokens.ids),
+        "steps": sum(stage.steps for stage in stages),
+        "tokens": sum(stage.steps * stage.tokens_per_step for stage in stages),
+        "tokens_in_data": len(tokens.ids),
         "data": [Path(file).name for file in config.data.files],
-        "sequence_length": config.data.sequence_length,
-        "tokens_per_step": trainer.tokens_per_step,
-        "objective": {key: value for key, value in as_dict(config)["loss"].items() if value},
+        "stages": [_stage(stage) for stage in stages],
         "lora": as_dict(config)["lora"],
-        "optimizer": as_dict(config)["optim"],
-        "trained_parameters": trained,
+        "trained_parameters": sum(p.numel() for name, p in model.named_parameters() if _trains(name)),
         "seed": config.seed,
         "dtype": dtype,
-        "seconds": round(_seconds(history, trainer.tokens_per_step), 1),
-        "hardware": _hardware(device, trainer.accelerator.num_processes),
+        "seconds": round(sum(_seconds(stage, history) for stage in stages), 1),
+        "hardware": _hardware(device, state.num_processes),
         "peak_memory_mib": _peak_memory(device),
         "versions": {"t2r": t2r.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
-def _seconds(history: list[dict], tokens_per_step: int) -> float:
+def _trains(name: str) -> bool:
+    return "lora_" in name or ".modules_to_save." in name
+
+
+def _stage(stage: Stage) -> dict:
+    content = as_dict(stage.config)
+    return {
+        "stage": stage.name,
+        "steps": stage.steps,
+        "tokens": stage.steps * stage.tokens_per_step,
+        "sequence_length": stage.config.sequence_length,
+        "tokens_per_step": stage.tokens_per_step,
+        "objective": {key: value for key, value in content["loss"].items() if value},
+        "trains": stage.config.trains,
+        "optimizer": content["optim"],
+    }
+
+
+def _seconds(stage: Stage, history: list[dict]) -> float:
     """Time spent training, over all sessions of a resumed run."""
-    steps = [b["step"] - a["step"] for a, b in pairwise([{"step": 0}, *history])]
-    return sum(n * tokens_per_step / entry["tokens_per_second"] for n, entry in zip(steps, history, strict=True))
+    entries = [entry for entry in history if entry["stage"] == stage.name]
+    steps = [b["step"] - a["step"] for a, b in pairwise([{"step": stage.steps_before}, *entries])]
+    return sum(n * stage.tokens_per_step / entry["tokens_per_second"] for n, entry in zip(steps, entries, strict=True))
 
 
 def _hardware(device: torch.device, processes: int) -> str:

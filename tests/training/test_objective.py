@@ -5,7 +5,13 @@ from torch import nn
 
 import t2r.training.objective
 from t2r.training.config import LossConfig
-from t2r.training.objective import chunked_loss, token_loss
+from t2r.training.objective import chunked_loss, divergence, token_loss
+
+
+def lumped(p, kept):
+    """Probabilities of the kept tokens, and of all others as one."""
+    chosen = p.gather(-1, kept)
+    return torch.cat([chosen, 1 - chosen.sum(-1, keepdim=True)], -1)
 
 
 def direct(head, hidden, labels, teacher_hidden, weights):
@@ -14,6 +20,11 @@ def direct(head, hidden, labels, teacher_hidden, weights):
     student, reference = head(hidden[:, :-1][wanted]), head(teacher_hidden[:, :-1][wanted]).detach()
     p = (reference / weights.temperature).softmax(-1)
     q = (student / weights.temperature).softmax(-1)
+    if weights.top_k:
+        kept = p.topk(weights.top_k, -1).indices
+        p, q = lumped(p, kept), lumped(q, kept)
+    if weights.direction == "reverse":
+        p, q = q, p
     kl = (p * (p.log() - q.log())).sum() * weights.temperature**2
     ce = F.cross_entropy(student, labels[:, 1:][wanted], reduction="sum")
     return weights.distill * kl + weights.cross_entropy * ce
@@ -22,7 +33,16 @@ def direct(head, hidden, labels, teacher_hidden, weights):
 @pytest.mark.parametrize("head_trains", [False, True])
 @pytest.mark.parametrize("tokens_at_once", [1, 7, 1000])
 @pytest.mark.parametrize(
-    "weights", [LossConfig(), LossConfig(0.0, 1.0), LossConfig(0.7, 0.3, 2.5)], ids=["kl", "ce", "both, hot"]
+    "weights",
+    [
+        LossConfig(),
+        LossConfig(distill=0.0, cross_entropy=1.0),
+        LossConfig(distill=0.7, cross_entropy=0.3, temperature=2.5),
+        LossConfig(direction="reverse"),
+        LossConfig(top_k=3),
+        LossConfig(top_k=4, direction="reverse", temperature=2.0),
+    ],
+    ids=["kl", "ce", "both, hot", "reverse", "top 3", "top 4 of reverse, hot"],
 )
 def test_chunked_is_direct(weights, tokens_at_once, head_trains, monkeypatch):
     monkeypatch.setattr(t2r.training.objective, "TOKENS_AT_ONCE", tokens_at_once)
@@ -38,6 +58,12 @@ def test_chunked_is_direct(weights, tokens_at_once, head_trains, monkeypatch):
     assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
     for a, b in zip(torch.autograd.grad(actual * 3, wanted), torch.autograd.grad(expected * 3, wanted), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_top_of_everything_is_everything():
+    student, teacher = torch.randn(5, 7), torch.randn(5, 7)
+    assert divergence(student, teacher, top_k=7) == divergence(student, teacher)
+    assert 0 < divergence(student, teacher, top_k=2) < divergence(student, teacher)  # lumping loses information
 
 
 def test_no_divergence_from_oneself():

@@ -7,7 +7,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from t2r.training.config import TrainConfig, load_config
+from t2r.training.config import TrainConfig
+from t2r.training.recipe import load_config
 from tests.model.tiny import student, teacher
 
 TEXT = "the cat sat on a mat and saw some dogs run far away from home while it rained all day long"

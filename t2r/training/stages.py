@@ -1,0 +1,79 @@
+"""The stages of a run: how long each is, where its checkpoints are, and where an interrupted run goes on."""
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2r.training.config import StageConfig, TrainConfig
+from t2r.training.recipe import stages_of
+
+# The Trainer writes the state last.
+CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run on a number of processes.
+
+    Attributes:
+        index: its place among the stages, from 0.
+        config: as the recipe has it.
+        folder: where its checkpoints are.
+        tokens_per_step: tokens of one optimizer step, over all processes.
+        steps: optimizer steps.
+        steps_before: those of the stages before it.
+    """
+
+    index: int
+    config: StageConfig
+    folder: Path
+    tokens_per_step: int
+    steps: int
+    steps_before: int
+
+    @property
+    def name(self) -> str:
+        """`1-align`, say: its place from 1 and its kind."""
+        return self.folder.name
+
+
+def plan_stages(config: TrainConfig, processes: int) -> list[Stage]:
+    """A run's stages with their lengths."""
+    stages: list[Stage] = []
+    for i, stage in enumerate(stages_of(config)):
+        tokens = stage.batch_size * stage.gradient_accumulation * stage.sequence_length * processes
+        steps = -(-stage.tokens // tokens) if stage.steps is None else stage.steps
+        before = stages[-1].steps_before + stages[-1].steps if stages else 0
+        stages.append(Stage(i, stage, Path(config.output) / f"{i + 1}-{stage.stage}", tokens, steps, before))
+    return stages
+
+
+def where_to_go_on(stages: list[Stage]) -> tuple[Stage, Path] | tuple[None, None]:
+    """The stage that has come farthest, and its newest whole checkpoint."""
+    for stage in reversed(stages):
+        if checkpoint := last_checkpoint(stage.folder):
+            return stage, checkpoint
+    return None, None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; one that a kill has torn is passed over."""
+    for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
+        if not missing:
+            return path
+        warnings.warn(f"{path} lacks {', '.join(missing)}; it is passed over", stacklevel=2)
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps of its stage that a checkpoint has behind it."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def keep_last_checkpoint(stage: Stage) -> None:
+    """Of a stage that is over, only the last checkpoint serves: it is where the next one began."""
+    for path in stage.folder.glob("checkpoint-*"):
+        if step_of(path) < stage.steps:
+            shutil.rmtree(path)
