@@ -7,7 +7,8 @@ import pytest
 import typer
 
 from t2r.cli.main import app
-from t2r.training import load_config
+from t2r.model import T2RConfig
+from t2r.training import load_config, plan_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,6 +49,21 @@ def test_the_layout_lists_the_folders():
     assert folders - made_by_use == listed
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
-def test_recipes_are_valid(recipe):
-    assert load_config(recipe).steps > 0
+SHAPES = {  # of the models that the recipes are for
+    "quickstart": (576, 1536, 9, 3, 64, 49152, 30, True),
+    "smollm2-135m": (576, 1536, 9, 3, 64, 49152, 30, True),
+    "llama-3.2-1b": (2048, 8192, 32, 8, 64, 128256, 16, True),
+    "mistral-7b": (4096, 14336, 32, 8, 128, 32768, 32, False),
+}
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_can_be_planned(recipe, tmp_path):
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    names += ("vocab_size", "num_hidden_layers", "tie_word_embeddings")
+    T2RConfig(**dict(zip(names, SHAPES[recipe.stem], strict=True))).save_pretrained(tmp_path)
+    plan = plan_run(load_config(recipe, [f"model={tmp_path}"]), on_cuda=True)
+    stages = plan.as_dict()["stages"]
+    assert [s["stage"] for s in stages] in (["1-distill"], ["1-align", "2-distill", "3-finetune"])
+    limit = {"mistral-7b": 24, "llama-3.2-1b": 16}.get(recipe.stem)
+    assert limit is None or max(s["memory_bytes"] for s in stages) < 0.9 * limit * 2**30  # as the recipe says

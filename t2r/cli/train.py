@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from t2r.cli.console import note
-from t2r.cli.options import Overwrite
+from t2r.cli.console import note, out, print_json
+from t2r.cli.options import Json, Overwrite
 
 
 def train(
@@ -16,12 +16,23 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show stages, memory and disk, and do nothing.")] = False,
+    json: Json = False,
 ) -> None:
-    """Finetune a converted model."""
+    """Train a converted model: align, distill, finetune."""
     import t2r.training
 
+    if dry_run:
+        plan = t2r.training.dry_run(config, overrides or [])
+        print_json(plan.as_dict()) if json else out.print(t2r.training.render(plan))
+        return
     try:
-        t2r.training.run(config, overrides or [], resume=resume, overwrite=overwrite)
+        record = t2r.training.run(config, overrides or [], resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
         note("interrupted; the same command with --resume goes on from the last checkpoint")
         raise
+    except t2r.training.Terminated:
+        note("asked to stop, and saved a checkpoint; the same command with --resume goes on from it")
+        raise
+    if json:
+        print_json(record)

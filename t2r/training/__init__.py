@@ -1,9 +1,22 @@
-"""From a converted model to a finetuned one: configuration, data, objective, trainer, merge and report."""
+"""From a converted model to a trained one: recipes, data, objectives, stages, trainer, merge and report."""
 
 from t2r.training.config import TrainConfig
 from t2r.training.merge import merge
+from t2r.training.plan import Plan, plan_run, render
 from t2r.training.recipe import load_config
 from t2r.training.report import write_report
-from t2r.training.run import run
+from t2r.training.run import dry_run, run
+from t2r.training.watch import Terminated
 
-__all__ = ["TrainConfig", "load_config", "merge", "run", "write_report"]
+__all__ = [
+    "Plan",
+    "Terminated",
+    "TrainConfig",
+    "dry_run",
+    "load_config",
+    "merge",
+    "plan_run",
+    "render",
+    "run",
+    "write_report",
+]

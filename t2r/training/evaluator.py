@@ -47,7 +47,7 @@ class Evaluator:
             with teacher(self.model) as base:
                 self.teacher_nlls = self._nlls(base, "teacher")
         report = summarise(self._nlls(self.model, f"student, {stage}"), self.teacher_nlls)
-        Console().print(render(report, f"Perplexity {stage} the finetune"))
+        Console(stderr=True).print(render(report, f"Perplexity {stage} the finetune"))
         self.state.wait_for_everyone()
         return {stage: report.as_dict(), f"{stage}_curve": _curve(report)}
 

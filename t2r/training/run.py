@@ -13,12 +13,14 @@ from transformers.trainer_utils import set_seed
 from t2r.evaluation import load_model, load_tokenizer, read_text
 from t2r.model import T2RForCausalLM
 from t2r.training.adapters import add_adapters
+from t2r.training.config import TrainConfig
 from t2r.training.data import PackedRows, tokenise
 from t2r.training.evaluator import Evaluator
 from t2r.training.folder import begin_folder, check_folder, is_finished
+from t2r.training.plan import TEACHER, Plan, plan_run
 from t2r.training.recipe import load_config
 from t2r.training.report import write_report
-from t2r.training.stages import Stage, keep_last_checkpoint, plan_stages, step_of, where_to_go_on
+from t2r.training.stages import Stage, keep_last_checkpoint, last_checkpoint, plan_stages, step_of, where_to_go_on
 from t2r.training.summary import summarise_training
 from t2r.training.trainer import T2RTrainer, training_arguments
 from t2r.training.watch import ProgressLine, StopOnSigterm, Terminated
@@ -89,27 +91,12 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         if state.is_main_process:
             write_record(output, record)
 
-    stage, checkpoint = where_to_go_on(stages) if resume else (None, None)
-    if resume and state.is_main_process:
-        Console(stderr=True).print(
-            f"going on from {checkpoint or 'the start: there is no checkpoint'}", highlight=False
-        )
-    record["history"], device = [], state.device
-    progress = ProgressLine(stages)
-    for i, next_rows in enumerate(rows):
-        resumed = checkpoint if stage and stage.index == i else None
-        over = bool(stage) and (i < stage.index or (resumed is not None and step_of(resumed) >= stages[i].steps))
-        if over:
-            record["history"] += _over(stages[i], model, resumed)
-            continue
-        progress.begin(stages[i])
-        args = training_arguments(config, stages[i], bf16)
-        record["history"] += _train(model, stages[i], next_rows, args, progress, resumed)
-        if state.is_main_process:
-            keep_last_checkpoint(stages[i])
+    if state.is_main_process:
+        Console(stderr=True).print(f"teacher: {TEACHER}", highlight=False)
+    record["history"] = _through_stages(model, config, stages, rows, bf16, resume, state)
     model.save_pretrained(output, is_main_process=state.is_main_process)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
-    record["training"] = summarise_training(config, model, stages, tokens, record["history"], dtype, device)
+    record["training"] = summarise_training(config, model, stages, tokens, record["history"], dtype, state.device)
     if evaluator:
         if state.is_main_process:
             write_record(output, record)  # a kill from here on costs the last table alone
@@ -121,9 +108,45 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     return record
 
 
+def dry_run(path: str | Path, overrides: list[str] | None = None) -> Plan:
+    """What `run` would do on as many processes as there are; see `plan_run`.
+
+    Raises:
+        ValueError: the recipe or the model is not what it should be.
+    """
+    return plan_run(load_config(path, overrides), _processes().num_processes)
+
+
 def _processes() -> PartialState:
     """This process among the others. Without a GPU accelerate wants to be told that several processes are on CPUs."""
     return PartialState(**{"cpu": True} if "LOCAL_RANK" in os.environ and not torch.cuda.is_available() else {})
+
+
+def _through_stages(
+    model: PeftModel,
+    config: TrainConfig,
+    stages: list[Stage],
+    rows: list[PackedRows],
+    bf16: bool,
+    resume: bool,
+    state: PartialState,
+) -> list[dict]:
+    """Take the model through all stages that are not over; returns the record's history of all."""
+    last, checkpoint = where_to_go_on(stages) if resume else (None, None)
+    if resume and state.is_main_process:
+        start = checkpoint or "the start: there is no checkpoint"
+        Console(stderr=True).print(f"going on from {start}", highlight=False)
+    history, progress = [], ProgressLine(stages)
+    for stage, its_rows in zip(stages, rows, strict=True):
+        here = checkpoint if stage is last else None
+        if last and (stage.index < last.index or (here and step_of(here) >= stage.steps)):
+            history += _over(stage, model, here)
+            continue
+        progress.begin(stage)
+        history += _train(model, stage, its_rows, training_arguments(config, stage, bf16), progress, here)
+        if state.is_main_process:
+            keep_last_checkpoint(stage)
+    return history
 
 
 def _train(
@@ -146,10 +169,10 @@ def _train(
 
 def _over(stage: Stage, model: PeftModel, checkpoint: Path | None) -> list[dict]:
     """The history of a stage that is over. The last such one's checkpoint is where the next stage begins."""
-    last = stage.folder / f"checkpoint-{stage.steps}"
     if checkpoint is not None:
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
-    return _history(stage, TrainerState.load_from_json(str(last / "trainer_state.json")))
+    kept = checkpoint or last_checkpoint(stage.folder)
+    return _history(stage, TrainerState.load_from_json(str(kept / "trainer_state.json"))) if kept else []
 
 
 def _history(stage: Stage, state: TrainerState) -> list[dict]:

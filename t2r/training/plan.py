@@ -1,0 +1,183 @@
+"""What a run would do, without doing it: `t2r train --dry-run`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from transformers import AutoConfig
+
+from t2r.evaluation.loading import UNLOADABLE, locate
+from t2r.model import LINEAR_ATTENTION, T2RConfig, T2RForCausalLM
+from t2r.training.adapters import add_adapters, select_trained
+from t2r.training.config import StageConfig, TrainConfig
+from t2r.training.objective import TOKENS_AT_ONCE
+from t2r.training.stages import Stage, plan_stages
+
+TRAINED_BYTES = 16  # fp32: the parameter, its gradient and AdamW's two moments
+TEACHER = "the student's own frozen weights: adapters off, softmax attention"
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage: its lengths, and what it takes.
+
+    Attributes:
+        stage: with its steps.
+        trained_parameters: how many numbers it changes.
+        memory: estimated peak of one process, by what takes it, in bytes.
+    """
+
+    stage: Stage
+    trained_parameters: int
+    memory: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run.
+
+    Attributes:
+        stages: in order.
+        processes: how many.
+        frozen_parameters: numbers that stay as they are.
+        dtype: of these.
+        disk: bytes that checkpoints and results take at most.
+        missing: data files that are not there.
+    """
+
+    stages: list[StagePlan]
+    processes: int
+    frozen_parameters: int
+    dtype: str
+    disk: int
+    missing: list[str]
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return {
+            "processes": self.processes,
+            "frozen_parameters": self.frozen_parameters,
+            "dtype": self.dtype,
+            "teacher": TEACHER,
+            "disk_bytes": self.disk,
+            "missing_files": self.missing,
+            "stages": [
+                {
+                    "stage": plan.stage.name,
+                    "steps": plan.stage.steps,
+                    "tokens": plan.stage.steps * plan.stage.tokens_per_step,
+                    "tokens_per_step": plan.stage.tokens_per_step,
+                    "sequence_length": plan.stage.config.sequence_length,
+                    "trains": plan.stage.config.trains,
+                    "trained_parameters": plan.trained_parameters,
+                    "memory_bytes": sum(plan.memory.values()),
+                    "memory": plan.memory,
+                }
+                for plan in self.stages
+            ],
+        }
+
+
+def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = None) -> Plan:
+    """Plan a run from its recipe and the model's configuration; no weight is loaded and no data read.
+
+    Args:
+        config: from `load_config`.
+        processes: how many will train.
+        on_cuda: whether they have GPUs; None for as here.
+
+    Raises:
+        ValueError: there is no such model, it is not converted, or a LoRA target does not exist.
+    """
+    on_cuda = torch.cuda.is_available() if on_cuda is None else on_cuda
+    dtype = ("bfloat16" if on_cuda else "float32") if config.dtype == "auto" else config.dtype
+    network = _configuration(config.model)
+    with torch.device("meta"):
+        model = add_adapters(T2RForCausalLM(network), config.lora)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    stages = []
+    for stage in plan_stages(config, processes):
+        select_trained(model, stage.config)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        activations, loss = _activations(network, stage.config, config, dtype)
+        memory = {
+            "frozen weights": frozen * (2 if dtype == "bfloat16" else 4),
+            "trained": (trainable - trained) * 4 + trained * TRAINED_BYTES,
+            "activations": activations,
+            "loss": loss,
+        }
+        stages.append(StagePlan(stage, trained, memory))
+    # A checkpoint holds adapters and optimizer; one of each earlier stage stays, and one is written beside the others.
+    largest = max(plan.trained_parameters for plan in stages)
+    disk = 4 * trainable + (config.save_limit + len(stages)) * (4 * trainable + 8 * largest)
+    missing = [file for file in config.data.files if not Path(file).is_file()]
+    return Plan(stages, processes, frozen, dtype, disk, missing)
+
+
+def _configuration(source: str) -> T2RConfig:
+    location, options = locate(source)
+    try:
+        network = AutoConfig.from_pretrained(location, **options)
+    except UNLOADABLE as error:
+        raise ValueError(f"{source}: its configuration cannot be read: {error}") from error
+    if not isinstance(network, T2RConfig):
+        raise ValueError(f"{source}: a {network.model_type} model; convert it first (t2r convert {source} -o OUT)")
+    return network
+
+
+def _activations(network: T2RConfig, stage: StageConfig, config: TrainConfig, dtype: str) -> tuple[int, int]:
+    """Bytes that a forward pass keeps for the backward pass, and that the loss takes beside them."""
+    n, half = stage.batch_size * stage.sequence_length, 2 if dtype == "bfloat16" else 4
+    layers = [saved_bytes(network, kind, half) for kind in network.layer_types]
+    logits = TOKENS_AT_ONCE * network.vocab_size * 4 * (6 if stage.loss.distill else 4)
+    states = n * network.hidden_size * (half + 4) * 2
+    if stage.loss.align:
+        return n * max(layers), 0
+    if config.gradient_checkpointing:
+        return n * (len(layers) * network.hidden_size * half + max(layers)), logits + states
+    return n * sum(layers), logits + states
+
+
+def saved_bytes(network: T2RConfig, kind: str, half: int) -> int:
+    """Bytes a token that one decoder layer keeps for the backward pass, with adapters on all its projections.
+
+    Args:
+        network: the model's configuration.
+        kind: the layer's type.
+        half: bytes of a number in the dtype that the layers compute in.
+    """
+    hidden, inner = network.hidden_size, network.intermediate_size
+    queries = network.num_attention_heads * network.head_dim
+    keys = network.num_key_value_heads * network.head_dim
+    norms = 2 * hidden * 4  # they compute in fp32
+    attention = half * (hidden + 2 * queries + 2 * keys)  # projections' input, q, k, v, and o_proj's input
+    if kind == LINEAR_ATTENTION:
+        attention += half * network.num_key_value_heads * network.num_slots
+        attention += 4 * hidden if half < 4 else 0  # the gates' projection reads fp32
+    mlp = half * (hidden + 4 * inner)  # input, gate, its SiLU, up, and down_proj's input
+    return norms + attention + mlp
+
+
+def render(plan: Plan) -> Group:
+    """The plan as tables."""
+    stages = Table("stage", "steps", "tokens", "a step", "sequence", "trains", "parameters", title="Stages")
+    memory = Table("stage", *(plan.stages[0].memory), "in all", title=f"Memory a process, estimated ({plan.dtype})")
+    for item in plan.stages:
+        stage = item.stage
+        stages.add_row(
+            stage.name, f"{stage.steps:,}", f"{stage.steps * stage.tokens_per_step:,}", f"{stage.tokens_per_step:,}",
+            f"{stage.config.sequence_length:,}", stage.config.trains, f"{item.trained_parameters:,}",
+        )  # fmt: skip
+        values = [*item.memory.values(), sum(item.memory.values())]
+        memory.add_row(stage.name, *(f"{value / 2**30:,.2f} GiB" for value in values))
+    rest = Table(show_header=False)
+    rest.add_row("teacher", TEACHER)
+    rest.add_row("frozen parameters", f"{plan.frozen_parameters:,}")
+    rest.add_row("processes", str(plan.processes))
+    rest.add_row("disk, at most", f"{plan.disk / 2**30:,.2f} GiB")
+    if plan.missing:
+        rest.add_row("data files that are not there", ", ".join(plan.missing))
+    return Group(stages, memory, rest)

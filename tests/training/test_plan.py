@@ -1,0 +1,91 @@
+"""What a run would take, beside what it takes."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from t2r.cli.main import app
+from t2r.model import T2RConfig, T2RForCausalLM
+from t2r.training import load_config, plan_run, run
+from t2r.training.adapters import add_adapters, select_trained
+from t2r.training.config import LoraConfig, StageConfig
+from t2r.training.plan import saved_bytes
+from tests.training.tiny import workspace
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setenv("T2R_CACHE", str(tmp_path / "cache"))
+    return workspace(tmp_path)
+
+
+def test_the_plan_counts_what_the_run_trains(config):
+    plan = plan_run(load_config(config))
+    record = run(config)["training"]
+    (stage,) = plan.as_dict()["stages"]
+    assert stage["trained_parameters"] == record["trained_parameters"]
+    assert (stage["steps"], stage["tokens"]) == (record["steps"], record["tokens"])
+
+
+def test_gates_alone_are_fewer(config):
+    both, gates = (plan_run(load_config(config, [f"trains={kind}"])).stages[0] for kind in ("lora", "gates"))
+    assert gates.trained_parameters < both.trained_parameters
+    assert gates.memory["trained"] < both.memory["trained"]
+
+
+def saved_for_backward(model, x):
+    """Bytes of all that autograd keeps after a forward pass, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # alive, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model(input_ids=x, skip_logits=True, use_cache=False).hidden_states[0]
+    assert hidden.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "full_attention"])
+def test_what_a_layer_keeps_for_the_backward_pass(kind):
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+    def kept(layers):
+        kinds = ["linear_attention", *[kind] * (layers - 1)]
+        network = T2RConfig(**sizes, head_dim=32, vocab_size=64, num_hidden_layers=layers, layer_types=kinds)
+        model = add_adapters(T2RForCausalLM(network), LoraConfig(r=2))
+        select_trained(model, StageConfig())
+        return saved_for_backward(model, torch.zeros(1, 256, dtype=torch.long)), network
+
+    (few, _), (many, network) = kept(2), kept(4)
+    measured = (many - few) / 2 / 256  # a layer and token
+    if kind == "linear_attention":
+        assert measured > 0.8 * saved_bytes(network, kind, 4)  # the chunked operator on the CPU keeps more of its own
+    else:
+        assert saved_bytes(network, kind, 4) == pytest.approx(measured, rel=0.2)
+
+
+def test_command(config, tmp_path):
+    words = ["train", str(config), "--dry-run", "data.files=[nowhere.txt]"]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.output
+    assert "1-distill" in shown.output
+    assert "nowhere.txt" in shown.output
+    content = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert content["missing_files"] == ["nowhere.txt"]
+    assert content["stages"][0]["memory_bytes"] == sum(content["stages"][0]["memory"].values())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_converted(config, tmp_path):
+    from tests.model.tiny import teacher
+
+    teacher().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="a llama model; convert it first"):
+        plan_run(load_config(config, [f"model={tmp_path / 'plain'}"]))
