@@ -7,16 +7,38 @@ from omegaconf import MISSING
 
 
 @dataclass
+class SourceConfig:
+    """One source of documents. Rows with `messages` are chats, of which what the assistant says is learnt; rows with
+    `prompt` and `completion` teach the completion; any other row is text.
+
+    Attributes:
+        path: a `.txt` (one document), `.jsonl`, `.json` or `.parquet` file, or a dataset's Hub id.
+        name: of a Hub dataset's configuration.
+        split: of a Hub dataset.
+        column: makes the rows text, held by this column.
+        weight: how often the source is gone through in one pass over the data; of a fraction, a sample.
+        limit: documents at most; of a Hub dataset only these are fetched.
+    """
+
+    path: str = MISSING
+    name: str | None = None
+    split: str = "train"
+    column: str | None = None
+    weight: float = 1.0
+    limit: int | None = None
+
+
+@dataclass
 class DataConfig:
     """What is learnt from.
 
     Attributes:
-        files: `.txt` (a document each), `.jsonl`, `.json` or `.parquet` files.
-        column: the column of JSON and Parquet files that holds the text.
+        files: paths of files or ids of Hub datasets, or mappings with the keys of `SourceConfig`.
+        column: the column that holds the text, in rows that are text.
         sequence_length: tokens of a row; documents are packed into rows and cut where a row ends.
     """
 
-    files: list[str] = MISSING
+    files: list[Any] = MISSING
     column: str = "text"
     sequence_length: int = 1024
 

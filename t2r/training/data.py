@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from t2r.evaluation.text import read_text
+from t2r.training.config import DataConfig, SourceConfig
+from t2r.training.documents import check_source, encoder, fingerprint, load_rows, sources_of
 
 IGNORED = -100
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -28,142 +27,148 @@ class Tokens:
     Attributes:
         ids: all documents' tokens one after another, each ended by the end-of-sequence token, int32 `[total]`.
         bounds: where documents begin and end, int64 `[documents + 1]`.
+        learn: which tokens have a loss, bool `[total]`; None for all.
     """
 
     ids: np.ndarray
     bounds: np.ndarray
+    learn: np.ndarray | None = None
 
 
-def tokenise(files: list[str], column: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Tokenise text files, or reuse what an earlier call with the same content and tokenizer left in the cache.
+def tokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Tokenise documents, or reuse what an earlier call with the same content and tokenizer left in the cache.
 
     The cache is in `T2R_CACHE` (`~/.cache/t2r` when not set).
 
     Args:
-        files: `.txt` (a document each), `.jsonl`, `.json` or `.parquet`.
-        column: the text column of the latter three.
+        data: which documents.
         tokenizer: of the model that is trained.
 
     Raises:
-        ValueError: a file is missing, empty, of another kind, not UTF-8 or lacks the column.
+        ValueError: a source is missing, empty, of another kind, not UTF-8 or lacks the columns, or nothing is left
+            to learn.
     """
-    paths = [Path(f) for f in files]
-    for path in paths:
-        if not path.is_file() or path.stat().st_size == 0:
-            raise ValueError(f"{path}: {'no such file' if not path.is_file() else 'the file is empty'}")
+    sources = sources_of(data)
+    for source in sources:
+        check_source(source)
     cache = Path(os.environ.get("T2R_CACHE", "~/.cache/t2r")).expanduser()
-    folder = cache / f"tokens-{_fingerprint(paths, column, tokenizer)}"
+    folder = cache / f"tokens-{_fingerprint(sources, data.column, tokenizer)}"
     if not folder.exists():
-        _write(folder, [_load(path, column) for path in paths], tokenizer)
-    return Tokens(np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "bounds.npy"))
+        _write(folder, sources, data.column, tokenizer)
+    learn = folder / "learn.npy"
+    return Tokens(
+        np.load(folder / "ids.npy", mmap_mode="r"),
+        np.load(folder / "bounds.npy"),
+        np.load(learn, mmap_mode="r") if learn.exists() else None,
+    )
 
 
-def _load(path: Path, column: str):
-    """A `datasets.Dataset` with the column `text`, a document a row."""
+def _write(folder: Path, sources: list[SourceConfig], column: str, tokenizer: PreTrainedTokenizerBase) -> None:
     import datasets
 
-    if path.suffix == ".txt":
-        return datasets.Dataset.from_dict({"text": [read_text(path)]})
-    if path.suffix not in LOADERS:
-        raise ValueError(f"{path}: data files are .txt, {', '.join(LOADERS)}, not {path.suffix or 'without a suffix'}")
-    try:
-        if path.suffix != ".parquet":  # the JSON reader lets broken bytes through
-            with path.open(encoding="utf-8") as lines:
-                deque(lines, maxlen=0)
-        rows = datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:  # datasets wraps whatever its readers raise
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"{path}: not readable as {LOADERS[path.suffix]} in UTF-8: {cause}") from error
-    if column not in rows.column_names:
-        raise ValueError(f"{path}: no column {column!r}; it has {', '.join(rows.column_names)}. Set data.column")
-    kind = getattr(rows.features[column], "dtype", None)
-    if kind not in ("string", "large_string"):
-        raise ValueError(f"{path}: column {column!r} holds {kind or 'lists or objects'}, not text. Set data.column")
-    rows = rows.select_columns([column])
-    return rows if column == "text" else rows.rename_column(column, "text")
-
-
-def _write(folder: Path, parts: list, tokenizer: PreTrainedTokenizerBase) -> None:
-    import datasets
-
-    def encode(batch):
-        texts = [text for text in batch["text"] if text]
-        ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []  # begins as the model expects it
-        end = tokenizer.eos_token_id
-        return {"ids": [document if document[-1:] == [end] else [*document, end] for document in ids]}
-
-    rows = datasets.concatenate_datasets(parts)
-    rows = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenising")
-    if "ids" not in rows.column_names:  # not one document was left
+    parts = []
+    for source in sources:
+        rows, kind = load_rows(source, column)
+        encode = encoder(kind, source, tokenizer)
+        rows = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"tokenising {source.path}")
+        parts += [rows] if "ids" in rows.column_names else []  # not one document was left
+    if not parts:
         raise ValueError("the data files hold no text")
+    rows = datasets.concatenate_datasets(parts)
     bounds = np.cumsum([0, *(len(document) for document in rows["ids"])])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         partial = Path(scratch) / folder.name
         partial.mkdir()
-        ids = np.lib.format.open_memmap(partial / "ids.npy", mode="w+", dtype=np.int32, shape=(int(bounds[-1]),))
-        for document, start in zip(rows["ids"], bounds, strict=False):
-            ids[start : start + len(document)] = document
+        ids, learn = (
+            np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=(int(bounds[-1]),))
+            for name, dtype in (("ids", np.int32), ("learn", bool))
+        )
+        for row, start in zip(rows, bounds, strict=False):
+            ids[start : start + len(row["ids"])] = row["ids"]
+            learn[start : start + len(row["ids"])] = row["learn"]
+        if not learn.any():
+            raise ValueError("the data files hold nothing to learn: no completion, and nothing that an assistant says")
+        if learn.all():
+            (partial / "learn.npy").unlink()
         ids.flush()
+        learn.flush()
         np.save(partial / "bounds.npy", bounds)
         if not folder.exists():
             with suppress(OSError):  # another run was quicker, with the same tokens
                 partial.rename(folder)
 
 
-def _fingerprint(paths: list[Path], column: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _fingerprint(sources: list[SourceConfig], column: str, tokenizer: PreTrainedTokenizerBase) -> str:
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.suffix} {path.stat().st_size} ".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+    for source in sources:
+        digest.update(fingerprint(source).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
-    digest.update(f"{column} {tokenizer.eos_token_id} {rules}".encode())
+    digest.update(f"2 {column} {tokenizer.eos_token_id} {rules} {tokenizer.chat_template}".encode())  # 2: of the format
     return digest.hexdigest()[:16]
 
 
 class PackedRows(Dataset):
     """Rows of `sequence_length` tokens, cut one after another from the corpus; the incomplete last one is dropped.
 
-    A document that a row's end cuts goes on in the next row as a document of its own.
+    A document that a row's end cuts goes on in the next row as a document of its own. Rows in which there is nothing
+    to learn are left out.
 
     Raises:
-        ValueError: the corpus is shorter than one row.
+        ValueError: the corpus is shorter than one row, or no row has anything to learn.
     """
 
     def __init__(self, tokens: Tokens, sequence_length: int):
         self.tokens, self.length = tokens, sequence_length
-        if len(self) == 0:
+        count = len(tokens.ids) // sequence_length
+        if count == 0:
             raise ValueError(
                 f"the data files hold {len(tokens.ids)} tokens, less than one row of {sequence_length}: "
                 "add text or lower data.sequence_length"
             )
+        self.rows = np.arange(count)
+        if tokens.learn is not None:
+            self.rows = np.array([row for row in self.rows if (self._labels(row) != IGNORED).any()], dtype=int)
+        if not len(self.rows):
+            raise ValueError(f"no row of {sequence_length} tokens has anything to learn; raise data.sequence_length")
 
     def __len__(self) -> int:
-        return len(self.tokens.ids) // self.length
+        return len(self.rows)
 
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        """`input_ids`, int64 `[sequence_length]`; `starts`, the documents' first places, int64, from 0; and `row`."""
-        start = row * self.length
-        end = start + self.length
-        bounds = self.tokens.bounds
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        """`input_ids` and `labels`, int64 `[sequence_length]`; `starts`, the documents' first places; and `row`."""
+        row = int(self.rows[i])
+        ids = self.tokens.ids[row * self.length : (row + 1) * self.length]
+        return {
+            "input_ids": torch.from_numpy(ids.astype(np.int64)),
+            "labels": torch.from_numpy(self._labels(row)),
+            "starts": torch.from_numpy(self._starts(row)),
+            "row": row,
+        }
+
+    def _starts(self, row: int) -> np.ndarray:
+        start, end, bounds = row * self.length, (row + 1) * self.length, self.tokens.bounds
         inside = bounds[np.searchsorted(bounds, start, "right") : np.searchsorted(bounds, end, "left")] - start
-        ids = torch.from_numpy(self.tokens.ids[start:end].astype(np.int64))
-        return {"input_ids": ids, "starts": torch.tensor([0, *inside.tolist()]), "row": row}
+        return np.concatenate([[0], inside]).astype(np.int64)
+
+    def _labels(self, row: int) -> np.ndarray:
+        """Targets. A document's first token is nobody's: its predecessor belongs to another document."""
+        here = slice(row * self.length, (row + 1) * self.length)
+        labels = self.tokens.ids[here].astype(np.int64)
+        if self.tokens.learn is not None:
+            labels[~self.tokens.learn[here]] = IGNORED
+        labels[self._starts(row)] = IGNORED
+        return labels
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Flatten rows into one, `[1, total]`, with the bounds of all documents in it and the `rows`' numbers.
-
-    A document's first token is nobody's target: its predecessor belongs to another document.
-    """
+    """Flatten rows into one, `[1, total]`, with the bounds of all documents in it and the `rows`' numbers."""
     lengths = torch.tensor([0] + [len(row["input_ids"]) for row in rows]).cumsum(0)
     starts = torch.cat([row["starts"] + offset for row, offset in zip(rows, lengths[:-1], strict=True)])
-    input_ids = torch.cat([row["input_ids"] for row in rows])
-    labels = input_ids.clone()
-    labels[starts] = IGNORED
-    cu_seqlens = torch.cat([starts, lengths[-1:]]).to(torch.int32)
-    numbers = [row["row"] for row in rows]
-    return {"input_ids": input_ids[None], "labels": labels[None], "cu_seqlens": cu_seqlens, "rows": numbers}
+    return {
+        "input_ids": torch.cat([row["input_ids"] for row in rows])[None],
+        "labels": torch.cat([row["labels"] for row in rows])[None],
+        "cu_seqlens": torch.cat([starts, lengths[-1:]]).to(torch.int32),
+        "rows": [row["row"] for row in rows],
+    }

@@ -12,6 +12,7 @@ from t2r.evaluation.loading import UNLOADABLE, locate
 from t2r.model import LINEAR_ATTENTION, T2RConfig, T2RForCausalLM
 from t2r.training.adapters import add_adapters, select_trained
 from t2r.training.config import StageConfig, TrainConfig
+from t2r.training.documents import is_local, sources_of
 from t2r.training.objective import TOKENS_AT_ONCE
 from t2r.training.stages import Stage, plan_stages
 
@@ -113,7 +114,7 @@ def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = Non
     # A checkpoint holds adapters and optimizer; one of each earlier stage stays, and one is written beside the others.
     largest = max(plan.trained_parameters for plan in stages)
     disk = 4 * trainable + (config.save_limit + len(stages)) * (4 * trainable + 8 * largest)
-    missing = [file for file in config.data.files if not Path(file).is_file()]
+    missing = [s.path for s in sources_of(config.data) if is_local(s) and not Path(s.path).is_file()]
     return Plan(stages, processes, frozen, dtype, disk, missing)
 
 

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from t2r.training.config import LossConfig, OptimConfig, StageConfig, TrainConfig
+from t2r.training.documents import sources_of
 
 # What a stage is: the weights of its loss.
 STAGES = {
@@ -92,8 +93,7 @@ def _one_line(error: OmegaConfBaseException) -> str:
 def _check(config: TrainConfig) -> None:
     _at_least(1, save_every=config.save_every, save_limit=config.save_limit, log_every=config.log_every)
     _at_least(1, **{"lora.r": config.lora.r})
-    if not config.data.files:
-        raise ValueError("data.files names no file")
+    sources_of(config.data)
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, got {config.dtype!r}")
 

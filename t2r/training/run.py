@@ -69,7 +69,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     for stage in stages:
         training_arguments(config, stage, bf16)  # better to fail now than when its turn comes
     with state.main_process_first():
-        tokens = tokenise(config.data.files, config.data.column, tokenizer)
+        tokens = tokenise(config.data, tokenizer)
     rows = [PackedRows(tokens, stage.config.sequence_length) for stage in stages]
     set_seed(config.seed)
     model = load_model(config.model, dtype=dtype, device=str(state.device))

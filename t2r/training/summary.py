@@ -14,6 +14,7 @@ from peft import PeftModel
 import t2r
 from t2r.training.config import TrainConfig
 from t2r.training.data import Tokens
+from t2r.training.documents import is_local, sources_of
 from t2r.training.recipe import as_dict
 from t2r.training.stages import Stage
 
@@ -33,7 +34,7 @@ def summarise_training(
         "steps": sum(stage.steps for stage in stages),
         "tokens": sum(stage.steps * stage.tokens_per_step for stage in stages),
         "tokens_in_data": len(tokens.ids),
-        "data": [Path(file).name for file in config.data.files],
+        "data": [Path(s.path).name if is_local(s) else s.path for s in sources_of(config.data)],
         "stages": [_stage(stage) for stage in stages],
         "lora": as_dict(config)["lora"],
         "trained_parameters": sum(p.numel() for name, p in model.named_parameters() if _trains(name)),

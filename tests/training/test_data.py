@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from t2r.training.config import DataConfig
 from t2r.training.data import PackedRows, Tokens, collate, tokenise
 from tests.training.tiny import documents, save_tokenizer
 
@@ -28,7 +29,7 @@ def write(path, texts, column="text"):
 
 def test_documents_one_after_another(tmp_path, tokenizer):
     texts = documents(5)
-    tokens = tokenise([write(tmp_path / "a.jsonl", texts)], "text", tokenizer)
+    tokens = tokenise(DataConfig(files=[write(tmp_path / "a.jsonl", texts)]), tokenizer)
     for text, start, end in zip(texts, tokens.bounds[:-1], tokens.bounds[1:], strict=True):
         assert tokens.ids[start : end - 1].tolist() == tokenizer(text)["input_ids"]
         assert tokens.ids[end - 1] == tokenizer.eos_token_id
@@ -42,33 +43,33 @@ def test_kinds_of_files_together(tmp_path, tokenizer):
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"body": ["run far", "away"]}), parquet)
-    tokens = tokenise([rows, str(tmp_path / "b.txt"), str(parquet)], "body", tokenizer)
+    tokens = tokenise(DataConfig(files=[rows, str(tmp_path / "b.txt"), str(parquet)], column="body"), tokenizer)
     words = tokenizer.convert_ids_to_tokens(tokens.ids.tolist())
     assert " ".join(words) == "some dogs </s> the cat sat on a mat </s> run far </s> away </s>"
 
 
 def test_cached_until_text_or_tokenizer_change(tmp_path, tokenizer, cache):
     file = write(tmp_path / "a.jsonl", documents(5))
-    first = tokenise([file], "text", tokenizer)
+    first = tokenise(DataConfig(files=[file]), tokenizer)
     assert len(list(cache.iterdir())) == 1
     tokenizer_calls = []
-    again = tokenise([file], "text", _Spy(tokenizer, tokenizer_calls))
+    again = tokenise(DataConfig(files=[file]), _Spy(tokenizer, tokenizer_calls))
     assert not tokenizer_calls
     assert np.array_equal(first.ids, again.ids)
     write(tmp_path / "a.jsonl", documents(6))
-    assert len(tokenise([file], "text", tokenizer).bounds) == 7
+    assert len(tokenise(DataConfig(files=[file]), tokenizer).bounds) == 7
 
 
 def test_the_cache_tells_files_apart(tmp_path, tokenizer):
     for name, text in (("x.txt", "the cat"), ("y.txt", " sat"), ("xy.txt", "the cat sat")):
         (tmp_path / name).write_text(text)
-    apart = tokenise([str(tmp_path / "x.txt"), str(tmp_path / "y.txt")], "text", tokenizer)
-    together = tokenise([str(tmp_path / "xy.txt")], "text", tokenizer)
+    apart = tokenise(DataConfig(files=[str(tmp_path / "x.txt"), str(tmp_path / "y.txt")]), tokenizer)
+    together = tokenise(DataConfig(files=[str(tmp_path / "xy.txt")]), tokenizer)
     assert (len(apart.bounds), len(together.bounds)) == (3, 2)
     rows = tmp_path / "a.jsonl"
-    tokenise([write(rows, ["the", "cat"])], "text", tokenizer)
+    tokenise(DataConfig(files=[write(rows, ["the", "cat"])]), tokenizer)
     rows.rename(tmp_path / "a.txt")
-    assert len(tokenise([str(tmp_path / "a.txt")], "text", tokenizer).bounds) == 2
+    assert len(tokenise(DataConfig(files=[str(tmp_path / "a.txt")]), tokenizer).bounds) == 2
 
 
 def test_two_runs_at_once_share_the_cache(tmp_path, tokenizer, cache, monkeypatch):
@@ -77,11 +78,11 @@ def test_two_runs_at_once_share_the_cache(tmp_path, tokenizer, cache, monkeypatc
 
     def another_is_quicker(*args):
         monkeypatch.setattr(np, "save", save)
-        tokenise([file], "text", tokenizer)
+        tokenise(DataConfig(files=[file]), tokenizer)
         save(*args)
 
     monkeypatch.setattr(np, "save", another_is_quicker)
-    assert len(tokenise([file], "text", tokenizer).bounds) == 6
+    assert len(tokenise(DataConfig(files=[file]), tokenizer).bounds) == 6
     assert len(list(cache.iterdir())) == 1  # and nothing half-written beside it
 
 
@@ -117,7 +118,7 @@ def test_bad_files_are_named(tmp_path, tokenizer, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        tokenise([str(tmp_path / name)], "text", tokenizer)
+        tokenise(DataConfig(files=[str(tmp_path / name)]), tokenizer)
 
 
 def rows_of(lengths, sequence_length):
