@@ -1,10 +1,6 @@
-"""What trains: LoRA on the source's projections, and in full the parameters that conversion added."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""What trains: LoRA on the source's projections and in full the parameters that conversion added, or everything."""
 
 import peft
-import torch
 from peft import PeftModel
 from torch import nn
 
@@ -17,14 +13,19 @@ def added_modules(config: T2RConfig) -> list[str]:
     return sorted({name.split(".")[0] for name in new_parameters(config)})
 
 
+def check_converted(model: T2RForCausalLM) -> None:
+    """Raise ValueError if a model has no layer to train."""
+    if LINEAR_ATTENTION not in model.config.layer_types:
+        raise ValueError("the model has no Gated Slot Attention layer; convert it first: t2r convert MODEL -o OUT")
+
+
 def add_adapters(model: T2RForCausalLM, lora: LoraConfig) -> PeftModel:
     """Wrap a model for training. Everything trainable is fp32.
 
     Raises:
         ValueError: the model has no layer to train, or no linear layer has one of the target names.
     """
-    if "linear_attention" not in model.config.layer_types:
-        raise ValueError("the model has no Gated Slot Attention layer; convert it first: t2r convert MODEL -o OUT")
+    check_converted(model)
     # Not the head: the teacher speaks through it too. Not what trains in full already.
     layers = model.model.layers.named_modules()
     linear = {name.split(".")[-1] for name, module in layers if isinstance(module, nn.Linear)}
@@ -51,13 +52,22 @@ def add_adapters(model: T2RForCausalLM, lora: LoraConfig) -> PeftModel:
     return wrapped
 
 
-def select_trained(model: PeftModel, stage: StageConfig) -> None:
-    """Let train what a stage trains: adapters and added parameters, or these alone; to align, those of attention."""
+def base_of(model: T2RForCausalLM | PeftModel) -> T2RForCausalLM:
+    """The model itself, whether adapters are around it or not."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def select_trained(model: T2RForCausalLM | PeftModel, stage: StageConfig) -> None:
+    """Let train what a stage trains: all, adapters and added parameters, or these alone; to align, those of attention.
+
+    Without adapters around the model, all that `trains: gates` does not exclude trains.
+    """
     added, linear = added_modules(model.config), _converted_layers(model.config)
+    adapted = isinstance(model, PeftModel)
     for name, parameter in model.named_parameters():
-        is_added = any(f".{module}.modules_to_save." in name for module in added)
-        wanted = is_added or ("lora_" in name and stage.trains == "lora")
-        aligned = not stage.loss.align or any(f".layers.{i}.self_attn." in name for i in linear)
+        is_added = any(f".{module}{'.modules_to_save' if adapted else ''}." in name for module in added)
+        wanted = is_added or (stage.trains != "gates" and ("lora_" in name or not adapted))
+        aligned = not stage.loss.align or any(f".layers.{i}.self_attn." in f".{name}" for i in linear)
         parameter.requires_grad_(wanted and aligned)
 
 
@@ -65,8 +75,8 @@ def _converted_layers(config: T2RConfig) -> list[int]:
     return [i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION]
 
 
-def parameter_groups(model: PeftModel, optim: OptimConfig) -> list[dict]:
-    """Adapters and added parameters, each with its learning rate."""
+def parameter_groups(model: T2RForCausalLM | PeftModel, optim: OptimConfig) -> list[dict]:
+    """Adapters (or the source's weights) and added parameters, each with its learning rate."""
     added = added_modules(model.config)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     gates = [p for name, p in trained if any(f".{module}." in name for module in added)]
@@ -76,13 +86,3 @@ def parameter_groups(model: PeftModel, optim: OptimConfig) -> list[dict]:
         {"params": gates, "lr": optim.gate_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-@contextmanager
-def teacher(model: PeftModel) -> Iterator[T2RForCausalLM]:
-    """The teacher that the student carries in itself: frozen weights, adapters off, softmax attention."""
-    base, trains = model.get_base_model(), [p.requires_grad for p in model.parameters()]
-    with torch.no_grad(), model.disable_adapter(), base.softmax_attention():
-        yield base
-    for parameter, train in zip(model.parameters(), trains, strict=True):  # which PEFT sets as it thinks fit
-        parameter.requires_grad_(train)

@@ -7,13 +7,18 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from t2r.model import LINEAR_ATTENTION
-from t2r.training.adapters import teacher
+from t2r.model import LINEAR_ATTENTION, T2RForCausalLM
+from t2r.training.adapters import base_of
 from t2r.training.objective import delivered
+from t2r.training.teachers import Teacher
 
 
 def alignment_loss(
-    model: PeftModel, inputs: dict[str, Tensor], counted: Tensor, reduce: Callable[[Tensor], Tensor] | None = None
+    model: T2RForCausalLM | PeftModel,
+    teacher: Teacher,
+    inputs: dict[str, Tensor],
+    counted: Tensor,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How far each converted layer's output is from its softmax attention's, both on the teacher's hidden states.
 
@@ -22,7 +27,8 @@ def alignment_loss(
     grow with depth (layer-wise attention transfer, arXiv 2410.10254).
 
     Args:
-        model: from `add_adapters`.
+        model: the student, with adapters or without.
+        teacher: of which it is the converted form.
         inputs: of the teacher's forward pass.
         counted: which tokens count, bool `[B, T]`.
         reduce: averages a vector of gradients over processes, whose gradient hooks this way of computing bypasses.
@@ -30,31 +36,37 @@ def alignment_loss(
     Returns:
         The sum over tokens of the mean over layers, a scalar with gradients; and each layer's sum, `[layers]` fp32.
     """
-    base = model.get_base_model()
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    layers = [layer.self_attn for layer in base.model.layers if layer.self_attn.kind == LINEAR_ATTENTION]
     sums: list[Tensor] = []
     parameters: list[Tensor] = []
     gradients: list[Tensor] = []
 
-    def compare(attention, arguments, keywords, expected):
-        with torch.enable_grad(), _as_student(attention):
-            mine = [p for p in attention.parameters() if id(p) in trained]
-            actual = attention.forward(arguments[0].detach(), *arguments[1:], **keywords)
+    def compare(student, arguments, keywords, expected):
+        with torch.enable_grad(), _as_student(student):
+            mine = [p for p in student.parameters() if id(p) in trained]
+            actual = student.forward(arguments[0].detach(), *arguments[1:], **keywords)
             error = (actual.float() - expected.float()).square().sum(-1)  # [B, T]
             error = error / expected.float().square().sum(-1).clamp_min(1e-12)
             error = error[counted].sum()
-            gradients.extend(torch.autograd.grad(error / len(layers), mine))
+            gradients.extend(torch.autograd.grad(error / len(hooks), mine))
         parameters.extend(mine)
         sums.append(error.detach())
 
-    hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in layers]
-    try:
-        with teacher(model) as base:
+    students = [layer.self_attn for layer in base_of(model).model.layers]
+    hooks = []
+    with teacher.active(model) as base:
+        for student, layer in zip(students, base.model.layers, strict=True):
+            if hasattr(student, "f_proj"):
+
+                def hook(_, arguments, keywords, output, student=student):
+                    compare(student, arguments, keywords, output)
+
+                hooks.append(layer.self_attn.register_forward_hook(hook, with_kwargs=True))
+        try:
             base(**inputs, skip_logits=True, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        finally:
+            for hook in hooks:
+                hook.remove()
     if reduce:
         flat = reduce(torch.cat([g.flatten() for g in gradients]))
         gradients = [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
@@ -64,15 +76,15 @@ def alignment_loss(
 
 @contextmanager
 def _as_student(attention) -> Iterator[None]:
-    """Within the teacher: one layer as the student has it, adapters on and with slots."""
+    """One layer as the student has it, adapters on and with slots, though the teacher may be in charge of it."""
     kind = attention.kind
-    tuned = [module for module in attention.modules() if hasattr(module, "enable_adapters")]
+    off = [module for module in attention.modules() if getattr(module, "disable_adapters", False)]
     attention.kind = LINEAR_ATTENTION
-    for module in tuned:
+    for module in off:
         module.enable_adapters(True)
     try:
         yield
     finally:
         attention.kind = kind
-        for module in tuned:
+        for module in off:
             module.enable_adapters(False)

@@ -132,7 +132,8 @@ class StageConfig:
         sequence_length: tokens of a row.
         batch_size: rows in one forward pass, per process.
         gradient_accumulation: forward passes to an optimizer step.
-        trains: `lora` (the adapters, and the parameters that conversion added) or `gates` (the latter alone).
+        trains: `lora` (the adapters, and the parameters that conversion added), `gates` (the latter alone) or `full`
+            (everything). `lora` and `full` do not go together in one run.
         loss: the objective.
         optim: the optimizer; its schedule runs over the stage.
     """
@@ -161,7 +162,7 @@ class TrainConfig:
         optim: the optimizer.
         eval: perplexity before and after.
         stages: what each stage does otherwise, by the keys of `StageConfig`; empty for a single stage.
-        trains: `lora` or `gates`, see `StageConfig`.
+        trains: `lora`, `gates` or `full`, see `StageConfig`. With `full`, the teacher is a model of its own.
         steps: optimizer steps.
         tokens: in place of `steps`: as many steps as it takes to see these many tokens.
         batch_size: rows in one forward pass, per process.

@@ -2,31 +2,31 @@
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from t2r.evaluation import PerplexityReport, cut_windows, read_text, render, summarise, window_nlls
-from t2r.training.adapters import teacher
 from t2r.training.config import EvalConfig
+from t2r.training.teachers import Teacher
 
 
 class Evaluator:
-    """Evaluates a student and the teacher it carries; the teacher once.
+    """Evaluates a student and its teacher; the teacher once.
 
     Args:
         config: which text, and how much of it.
         tokenizer: of both.
-        model: from `add_adapters`.
+        model: the student.
+        teacher: its teacher.
         state: only the main process evaluates; the others wait.
 
     Raises:
         ValueError: the text is missing, not UTF-8, or shorter than one window.
     """
 
-    def __init__(self, config: EvalConfig, tokenizer, model: PeftModel, state: PartialState):
-        self.config, self.model, self.state = config, model, state
+    def __init__(self, config: EvalConfig, tokenizer, model: torch.nn.Module, teacher: Teacher, state: PartialState):
+        self.config, self.model, self.teacher, self.state = config, model, teacher, state
         self.windows = cut_windows(tokenizer, read_text(config.text), config.window, config.limit)
         self.teacher_nlls: Tensor | None = None
 
@@ -44,7 +44,7 @@ class Evaluator:
             self.state.wait_for_everyone()
             return {}
         if self.teacher_nlls is None:
-            with teacher(self.model) as base:
+            with self.teacher.active(self.model) as base:
                 self.teacher_nlls = self._nlls(base, "teacher")
         report = summarise(self._nlls(self.model, f"student, {stage}"), self.teacher_nlls)
         Console(stderr=True).print(render(report, f"Perplexity {stage} the finetune"))

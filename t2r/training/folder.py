@@ -16,7 +16,12 @@ def is_finished(run: Path) -> bool:
     """Whether a folder holds a finetune that has come to its end."""
     record = read_record(run)
     evaluated = "after" in record.get("evaluation", {"after": None})
-    return (run / "adapter_config.json").is_file() and "training" in record and evaluated
+    return holds_result(run) and "training" in record and evaluated
+
+
+def holds_result(run: Path) -> bool:
+    """Whether a folder holds what a run ends with: adapters, or a whole model."""
+    return (run / "adapter_config.json").is_file() or (run / "config.json").is_file()
 
 
 def check_folder(config: TrainConfig, resume: bool, overwrite: bool) -> None:
@@ -30,7 +35,7 @@ def check_folder(config: TrainConfig, resume: bool, overwrite: bool) -> None:
         return
     if not (output / CONFIG).is_file():
         raise ValueError(f"{output}: not empty and no t2r train run; choose another output")
-    started = any(output.glob("*/checkpoint-*")) or (output / "adapter_config.json").is_file()
+    started = any(output.glob("*/checkpoint-*")) or holds_result(output)
     if started and not (resume or overwrite):
         raise ValueError(f"{output}: holds a run already; --resume goes on with it, --overwrite deletes it")
     if resume and (changed := _differences(as_dict(load_config(output / CONFIG)), as_dict(config))):

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
+from transformers import AutoConfig
 
 from t2r.evaluation import load_model
 from t2r.evaluation.loading import locate
-from t2r.training.folder import CONFIG
+from t2r.training.folder import CONFIG, holds_result
 from t2r.training.recipe import load_config
 from t2r_conversion.record import read_record, write_record
 from t2r_conversion.writer import check_output, check_space, copy_small_files, made_whole
@@ -29,7 +30,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
     run, out = Path(run), Path(out).absolute()
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run}: no {CONFIG}, so this is not the folder of a t2r train run")
-    if not (run / "adapter_config.json").is_file() or "training" not in read_record(run):
+    if not holds_result(run) or "training" not in read_record(run):
         raise ValueError(f"{run}: the run is not finished; go on with: t2r train {run / CONFIG} --resume")
     base = load_config(run / CONFIG).model
     location, _ = locate(base)
@@ -46,7 +47,9 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
 
 
 def merged_model(run: Path, base: str) -> torch.nn.Module:
-    """The base model, in its own dtype, with the run's adapters and added parameters in it."""
+    """The base model, in its own dtype, with the run's adapters and added parameters (or all its weights) in it."""
+    if not (run / "adapter_config.json").is_file():
+        return load_model(run, dtype="own", device="cpu").to(AutoConfig.from_pretrained(base).dtype)
     model = load_model(base, dtype="own", device="cpu")
     dtype = model.dtype
     merged = PeftModel.from_pretrained(model, run).merge_and_unload()

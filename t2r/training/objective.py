@@ -55,18 +55,24 @@ def _lumped(log_p: Tensor, kept: Tensor) -> Tensor:
 
 
 def chunked_loss(
-    head: nn.Module, hidden: Tensor, labels: Tensor, teacher_hidden: Tensor | None, loss: TokenLoss
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    teacher_hidden: Tensor | None,
+    loss: TokenLoss,
+    teacher_head: nn.Module | None = None,
 ) -> Tensor:
     """Sum of a loss over all positions with a target, without ever holding the logits of all of them.
 
     The gradients are computed on the way forward, chunk by chunk, so that nothing is computed twice.
 
     Args:
-        head: the language-modelling head of both models.
+        head: the language-modelling head of the student, and of the teacher unless it has its own.
         hidden: the student's last hidden states, `[B, T, hidden]`.
         labels: targets, `[B, T]`, unshifted, -100 for none.
         teacher_hidden: the teacher's, like `hidden`, or None.
         loss: of one chunk.
+        teacher_head: the teacher's own.
 
     Returns:
         A scalar, fp32.
@@ -76,17 +82,17 @@ def chunked_loss(
     states = hidden[:, :-1][wanted]  # [n, hidden]
     teacher = None if teacher_hidden is None else teacher_hidden[:, :-1][wanted]
     trained = [p for p in head.parameters() if p.requires_grad]
-    return _ChunkedLoss.apply(head, loss, targets, teacher, states, *trained)
+    return _ChunkedLoss.apply(head, teacher_head or head, loss, targets, teacher, states, *trained)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, head, loss, targets, teacher, states, *trained):
+    def forward(ctx, head, teacher_head, loss, targets, teacher, states, *trained):
         total = states.new_zeros((), dtype=torch.float32)
         gradients = [torch.zeros_like(x) for x in (states, *trained)]
         for start in range(0, len(states), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
-            reference = None if teacher is None else head(teacher[part]).float()
+            reference = None if teacher is None else teacher_head(teacher[part]).float()
             with torch.enable_grad():
                 chunk = states[part].detach().requires_grad_()
                 value = loss(head(chunk).float(), targets[part], reference)
@@ -100,7 +106,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        return None, None, None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
+        return None, None, None, None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
 
 
 def delivered(value: Tensor, parameters: list[Tensor], gradients: list[Tensor]) -> Tensor:

@@ -15,9 +15,9 @@ from t2r.training.config import StageConfig, TrainConfig
 from t2r.training.documents import is_local, sources_of
 from t2r.training.objective import TOKENS_AT_ONCE
 from t2r.training.stages import Stage, plan_stages
+from t2r.training.teachers import describe_teacher, needs_separate_teacher
 
 TRAINED_BYTES = 16  # fp32: the parameter, its gradient and AdamW's two moments
-TEACHER = "the student's own frozen weights: adapters off, softmax attention"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Plan:
     Attributes:
         stages: in order.
         processes: how many.
+        teacher: which one, in words.
         frozen_parameters: numbers that stay as they are.
         dtype: of these.
         disk: bytes that checkpoints and results take at most.
@@ -50,6 +51,7 @@ class Plan:
 
     stages: list[StagePlan]
     processes: int
+    teacher: str
     frozen_parameters: int
     dtype: str
     disk: int
@@ -61,7 +63,7 @@ class Plan:
             "processes": self.processes,
             "frozen_parameters": self.frozen_parameters,
             "dtype": self.dtype,
-            "teacher": TEACHER,
+            "teacher": self.teacher,
             "disk_bytes": self.disk,
             "missing_files": self.missing,
             "stages": [
@@ -96,16 +98,21 @@ def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = Non
     dtype = ("bfloat16" if on_cuda else "float32") if config.dtype == "auto" else config.dtype
     network = _configuration(config.model)
     with torch.device("meta"):
-        model = add_adapters(T2RForCausalLM(network), config.lora)
+        model = T2RForCausalLM(network)
+        own = sum(p.numel() for p in model.parameters())
+        model = model if needs_separate_teacher(config) else add_adapters(model, config.lora)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad or needs_separate_teacher(config))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trainable
     stages = []
     for stage in plan_stages(config, processes):
         select_trained(model, stage.config)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        half = 2 if dtype == "bfloat16" else 4
         activations, loss = _activations(network, stage.config, config, dtype)
         memory = {
-            "frozen weights": frozen * (2 if dtype == "bfloat16" else 4),
+            "frozen weights": (own if needs_separate_teacher(config) else frozen) * half,
             "trained": (trainable - trained) * 4 + trained * TRAINED_BYTES,
             "activations": activations,
             "loss": loss,
@@ -115,7 +122,7 @@ def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = Non
     largest = max(plan.trained_parameters for plan in stages)
     disk = 4 * trainable + (config.save_limit + len(stages)) * (4 * trainable + 8 * largest)
     missing = [s.path for s in sources_of(config.data) if is_local(s) and not Path(s.path).is_file()]
-    return Plan(stages, processes, frozen, dtype, disk, missing)
+    return Plan(stages, processes, describe_teacher(config), frozen, dtype, disk, missing)
 
 
 def _configuration(source: str) -> T2RConfig:
@@ -175,7 +182,7 @@ def render(plan: Plan) -> Group:
         values = [*item.memory.values(), sum(item.memory.values())]
         memory.add_row(stage.name, *(f"{value / 2**30:,.2f} GiB" for value in values))
     rest = Table(show_header=False)
-    rest.add_row("teacher", TEACHER)
+    rest.add_row("teacher", plan.teacher)
     rest.add_row("frozen parameters", f"{plan.frozen_parameters:,}")
     rest.add_row("processes", str(plan.processes))
     rest.add_row("disk, at most", f"{plan.disk / 2**30:,.2f} GiB")

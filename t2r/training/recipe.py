@@ -16,7 +16,7 @@ STAGES = {
     "distill": {"align": 0.0, "distill": 1.0, "cross_entropy": 0.0},
     "finetune": {"align": 0.0, "distill": 0.0, "cross_entropy": 1.0},
 }
-CHOICES = {"stage": tuple(STAGES), "trains": ("lora", "gates"), "loss.direction": ("forward", "reverse")}
+CHOICES = {"stage": tuple(STAGES), "trains": ("lora", "gates", "full"), "loss.direction": ("forward", "reverse")}
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
@@ -52,6 +52,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         _check(config)
         for i, stage in enumerate(stages):
             _check_stage(stage, f"stages.{i}." if config.stages else "")
+            if stage.trains != "gates" and (stage.trains == "full") != (config.trains == "full"):
+                raise ValueError(f"stages.{i}.trains: {stage.trains} does not go with {config.trains} at the top")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config

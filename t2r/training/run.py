@@ -12,16 +12,17 @@ from transformers.trainer_utils import set_seed
 
 from t2r.evaluation import load_model, load_tokenizer, read_text
 from t2r.model import T2RForCausalLM
-from t2r.training.adapters import add_adapters
+from t2r.training.adapters import add_adapters, check_converted
 from t2r.training.config import TrainConfig
 from t2r.training.data import PackedRows, tokenise
 from t2r.training.evaluator import Evaluator
 from t2r.training.folder import begin_folder, check_folder, is_finished
-from t2r.training.plan import TEACHER, Plan, plan_run
+from t2r.training.plan import Plan, plan_run
 from t2r.training.recipe import load_config
 from t2r.training.report import write_report
 from t2r.training.stages import Stage, keep_last_checkpoint, last_checkpoint, plan_stages, step_of, where_to_go_on
 from t2r.training.summary import summarise_training
+from t2r.training.teachers import OwnTeacher, SeparateTeacher, Teacher, describe_teacher, needs_separate_teacher
 from t2r.training.trainer import T2RTrainer, training_arguments
 from t2r.training.watch import ProgressLine, StopOnSigterm, Terminated
 from t2r_conversion.record import read_record, write_record
@@ -72,15 +73,9 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         tokens = tokenise(config.data, tokenizer)
     rows = [PackedRows(tokens, stage.config.sequence_length) for stage in stages]
     set_seed(config.seed)
-    model = load_model(config.model, dtype=dtype, device=str(state.device))
-    if not isinstance(model, T2RForCausalLM):
-        raise ValueError(
-            f"{config.model}: a {model.config.model_type} model; "
-            f"convert it first (t2r convert {config.model} -o OUT) and set model: OUT"
-        )
-    model = add_adapters(model, config.lora)
+    model, teacher = _student_and_teacher(config, dtype, str(state.device))
 
-    evaluator = Evaluator(config.eval, tokenizer, model, state) if config.eval.text else None
+    evaluator = Evaluator(config.eval, tokenizer, model, teacher, state) if config.eval.text else None
     state.wait_for_everyone()  # before the folder that everyone has checked changes
     if state.is_main_process:
         begin_folder(config, overwrite)
@@ -92,8 +87,8 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
             write_record(output, record)
 
     if state.is_main_process:
-        Console(stderr=True).print(f"teacher: {TEACHER}", highlight=False)
-    record["history"] = _through_stages(model, config, stages, rows, bf16, resume, state)
+        Console(stderr=True).print(f"teacher: {describe_teacher(config)}", highlight=False)
+    record["history"] = _through_stages(model, teacher, config, stages, rows, bf16, resume, state)
     model.save_pretrained(output, is_main_process=state.is_main_process)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
     record["training"] = summarise_training(config, model, stages, tokens, record["history"], dtype, state.device)
@@ -122,8 +117,28 @@ def _processes() -> PartialState:
     return PartialState(**{"cpu": True} if "LOCAL_RANK" in os.environ and not torch.cuda.is_available() else {})
 
 
+def _student_and_teacher(config: TrainConfig, dtype: str, device: str) -> tuple[T2RForCausalLM | PeftModel, Teacher]:
+    """The model to train, and what it learns from. All that trains is fp32."""
+
+    def load(dtype: str) -> T2RForCausalLM:
+        model = load_model(config.model, dtype=dtype, device=device)
+        if not isinstance(model, T2RForCausalLM):
+            raise ValueError(
+                f"{config.model}: a {model.config.model_type} model; "
+                f"convert it first (t2r convert {config.model} -o OUT) and set model: OUT"
+            )
+        return model
+
+    if needs_separate_teacher(config):
+        model = load("float32")
+        check_converted(model)
+        return model, SeparateTeacher(load(dtype))
+    return add_adapters(load(dtype), config.lora), OwnTeacher()
+
+
 def _through_stages(
-    model: PeftModel,
+    model: T2RForCausalLM | PeftModel,
+    teacher: Teacher,
     config: TrainConfig,
     stages: list[Stage],
     rows: list[PackedRows],
@@ -143,14 +158,15 @@ def _through_stages(
             history += _over(stage, model, here)
             continue
         progress.begin(stage)
-        history += _train(model, stage, its_rows, training_arguments(config, stage, bf16), progress, here)
+        history += _train(model, teacher, stage, its_rows, training_arguments(config, stage, bf16), progress, here)
         if state.is_main_process:
             keep_last_checkpoint(stage)
     return history
 
 
 def _train(
-    model: PeftModel,
+    model: T2RForCausalLM | PeftModel,
+    teacher: Teacher,
     stage: Stage,
     rows: PackedRows,
     args: TrainingArguments,
@@ -158,7 +174,7 @@ def _train(
     checkpoint: Path | None,
 ) -> list[dict]:
     """Take the model through a stage; returns its part of the record's history."""
-    trainer = T2RTrainer(model, stage, rows, args, (progress,))
+    trainer = T2RTrainer(model, teacher, stage, rows, args, (progress,))
     with StopOnSigterm(trainer.accelerator) as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -167,10 +183,12 @@ def _train(
     return _history(stage, trainer.state)
 
 
-def _over(stage: Stage, model: PeftModel, checkpoint: Path | None) -> list[dict]:
+def _over(stage: Stage, model: T2RForCausalLM | PeftModel, checkpoint: Path | None) -> list[dict]:
     """The history of a stage that is over. The last such one's checkpoint is where the next stage begins."""
-    if checkpoint is not None:
+    if checkpoint is not None and isinstance(model, PeftModel):
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+    elif checkpoint is not None:
+        model.load_state_dict(load_model(checkpoint, dtype="float32", device="cpu").state_dict())
     kept = checkpoint or last_checkpoint(stage.folder)
     return _history(stage, TrainerState.load_from_json(str(kept / "trainer_state.json"))) if kept else []
 

@@ -9,7 +9,9 @@ from t2r.training.config import StageConfig, TrainConfig
 from t2r.training.recipe import stages_of
 
 # The Trainer writes the state last.
-CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+# Of these one is there: adapters, or a whole model in one file or several.
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; one that a kill has torn is passed over."""
     for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
+        missing += [] if any((path / name).is_file() for name in WEIGHTS) else ["weights"]
         if not missing:
             return path
         warnings.warn(f"{path} lacks {', '.join(missing)}; it is passed over", stacklevel=2)

@@ -17,6 +17,7 @@ from t2r.training.data import Tokens
 from t2r.training.documents import is_local, sources_of
 from t2r.training.recipe import as_dict
 from t2r.training.stages import Stage
+from t2r.training.teachers import describe_teacher
 
 
 def summarise_training(
@@ -36,8 +37,9 @@ def summarise_training(
         "tokens_in_data": len(tokens.ids),
         "data": [Path(s.path).name if is_local(s) else s.path for s in sources_of(config.data)],
         "stages": [_stage(stage) for stage in stages],
-        "lora": as_dict(config)["lora"],
-        "trained_parameters": sum(p.numel() for name, p in model.named_parameters() if _trains(name)),
+        "lora": as_dict(config)["lora"] if isinstance(model, PeftModel) else None,
+        "teacher": describe_teacher(config),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seed": config.seed,
         "dtype": dtype,
         "seconds": round(sum(_seconds(stage, history) for stage in stages), 1),
@@ -45,10 +47,6 @@ def summarise_training(
         "peak_memory_mib": _peak_memory(device),
         "versions": {"t2r": t2r.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-
-
-def _trains(name: str) -> bool:
-    return "lora_" in name or ".modules_to_save." in name
 
 
 def _stage(stage: Stage) -> dict:

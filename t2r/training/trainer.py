@@ -7,19 +7,22 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from t2r.training.adapters import parameter_groups, select_trained, teacher
+from t2r.model import T2RForCausalLM
+from t2r.training.adapters import base_of, parameter_groups, select_trained
 from t2r.training.align import alignment_loss
 from t2r.training.config import TrainConfig
 from t2r.training.data import IGNORED, PackedRows, collate
 from t2r.training.objective import chunked_loss, token_loss
 from t2r.training.stages import Stage
+from t2r.training.teachers import Teacher
 
 
 class T2RTrainer(Trainer):
-    """Takes a PEFT-wrapped T2R model through a stage, against the teacher it carries.
+    """Takes a T2R model, with adapters around it or without, through a stage.
 
     Args:
-        model: from `add_adapters`.
+        model: the student.
+        teacher: what it learns from.
         stage: the stage.
         rows: packed training rows.
         args: from `training_arguments`.
@@ -30,7 +33,8 @@ class T2RTrainer(Trainer):
 
     def __init__(
         self,
-        model: PeftModel,
+        model: T2RForCausalLM | PeftModel,
+        teacher: Teacher,
         stage: Stage,
         rows: PackedRows,
         args: TrainingArguments,
@@ -38,7 +42,7 @@ class T2RTrainer(Trainer):
     ):
         select_trained(model, stage.config)
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=collate)
-        self.stage = stage
+        self.stage, self.teacher = stage, teacher
         self.token_loss = token_loss(stage.config.loss)
         self._clock: tuple[float, int] | None = None
         self._recent: list[tuple[int, list[int], torch.Tensor]] = []  # step, rows and loss since the last log
@@ -65,21 +69,22 @@ class T2RTrainer(Trainer):
             if weights.align:
                 loss = weights.align * self._align(student, inputs, labels != IGNORED)
             else:
-                teacher_hidden = None
+                teacher_hidden = teacher_head = None
                 if weights.distill:
-                    with teacher(student) as base:
+                    with self.teacher.active(student) as base:
                         teacher_hidden = base(**inputs, skip_logits=True, use_cache=False).hidden_states[0]
+                        teacher_head = base.lm_head
                 outputs = model(**inputs, skip_logits=True, use_cache=False)
-                head, hidden = student.get_base_model().lm_head, outputs.hidden_states[0]
-                loss = chunked_loss(head, hidden, labels, teacher_hidden, self.token_loss)
+                head, hidden = base_of(student).lm_head, outputs.hidden_states[0]
+                loss = chunked_loss(head, hidden, labels, teacher_hidden, self.token_loss, teacher_head)
         self._recent.append((self.state.global_step + 1, rows, loss.detach()))
         # `num_items_in_batch` counts the targets of all processes, whose gradients are then averaged.
         loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _align(self, student: PeftModel, inputs: dict, counted: torch.Tensor) -> torch.Tensor:
+    def _align(self, student: T2RForCausalLM | PeftModel, inputs: dict, counted: torch.Tensor) -> torch.Tensor:
         averaged = (lambda x: self.accelerator.reduce(x, "mean")) if self.accelerator.num_processes > 1 else None
-        loss, by_layer = alignment_loss(student, inputs, counted, averaged)
+        loss, by_layer = alignment_loss(student, self.teacher, inputs, counted, averaged)
         before, tokens = self._misaligned or (0.0, 0.0)
         self._misaligned = before + by_layer, tokens + counted.sum()
         return loss

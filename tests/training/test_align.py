@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from t2r.training.adapters import add_adapters, select_trained, teacher
+from t2r.training.adapters import add_adapters, select_trained
 from t2r.training.align import alignment_loss
 from t2r.training.config import LoraConfig, LossConfig, StageConfig
+from t2r.training.teachers import OwnTeacher
 from tests.model.tiny import shake, student, tokens
 from tests.model.tiny import teacher as tiny_teacher
 
+OWN = OwnTeacher()
 ALIGN = StageConfig(stage="align", loss=LossConfig(align=1.0, distill=0.0))
 
 
@@ -31,7 +33,7 @@ def directly(model, x, counted):
         layer.register_forward_hook(lambda m, a, k, o: seen.__setitem__(m, (a, k, o)), with_kwargs=True)
         for layer in layers
     ]
-    with teacher(model):
+    with OWN.active(model):
         base(x, use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -49,7 +51,7 @@ def test_it_is_the_relative_error_of_each_layer(kinds):
     counted = torch.rand(2, 40) > 0.3
     trained = [p for p in model.parameters() if p.requires_grad]
     expected = directly(model, x, counted)
-    loss, by_layer = alignment_loss(model, {"input_ids": x}, counted)
+    loss, by_layer = alignment_loss(model, OWN, {"input_ids": x}, counted)
     assert torch.allclose(by_layer, expected, rtol=1e-4)
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4)
     gradients = torch.autograd.grad(2 * loss, trained)
@@ -61,9 +63,9 @@ def test_it_is_the_relative_error_of_each_layer(kinds):
 def test_packed_documents_are_aligned_as_alone():
     model, x = model_to_align(), tokens(1, 50)
     counted = torch.ones(1, 50, dtype=torch.bool)
-    _, packed = alignment_loss(model, {"input_ids": x, "cu_seqlens": torch.tensor([0, 13, 50])}, counted)
+    _, packed = alignment_loss(model, OWN, {"input_ids": x, "cu_seqlens": torch.tensor([0, 13, 50])}, counted)
     alone = sum(
-        alignment_loss(model, {"input_ids": part}, counted[:, : part.shape[1]])[1] for part in x.split([13, 37], 1)
+        alignment_loss(model, OWN, {"input_ids": part}, counted[:, : part.shape[1]])[1] for part in x.split([13, 37], 1)
     )
     assert torch.allclose(packed, alone, rtol=1e-4)
 
@@ -74,7 +76,7 @@ def test_what_trains(trains, kinds):
     before = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {kind for name in before for kind in ("lora_", "f_proj") if kind in name} == kinds
     assert all(".self_attn." in name for name in before)
-    loss, _ = alignment_loss(model, {"input_ids": tokens(1, 20)}, torch.ones(1, 20, dtype=torch.bool))
+    loss, _ = alignment_loss(model, OWN, {"input_ids": tokens(1, 20)}, torch.ones(1, 20, dtype=torch.bool))
     loss.backward()
     assert {name for name, p in model.named_parameters() if p.requires_grad} == before
     assert {name for name, p in model.named_parameters() if p.grad is not None} == before
@@ -84,7 +86,9 @@ def test_what_trains(trains, kinds):
 def test_a_window_that_holds_everything_is_aligned_already():
     model = add_adapters(student(tiny_teacher(), gate_write_logit=30.0, gate_keep_logit=30.0), LoraConfig(r=2))
     slots = model.config.num_slots
-    _, by_layer = alignment_loss(model, {"input_ids": tokens(1, slots)}, torch.ones(1, slots, dtype=torch.bool))
+    _, by_layer = alignment_loss(
+        model, OwnTeacher(), {"input_ids": tokens(1, slots)}, torch.ones(1, slots, dtype=torch.bool)
+    )
     assert by_layer.max() < 1e-6
     longer = torch.ones(1, 3 * slots, dtype=torch.bool)
-    assert alignment_loss(model, {"input_ids": tokens(1, 3 * slots)}, longer)[1].min() > 1e-3
+    assert alignment_loss(model, OWN, {"input_ids": tokens(1, 3 * slots)}, longer)[1].min() > 1e-3

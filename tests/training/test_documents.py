@@ -165,9 +165,10 @@ def test_a_documents_loss_is_the_same_alone_and_packed(tmp_path, monkeypatch):
     """Each document's targets, summed, whether other documents share its row or not."""
     import numpy as np
 
-    from t2r.training.adapters import add_adapters, teacher
+    from t2r.training.adapters import add_adapters
     from t2r.training.config import LoraConfig, LossConfig
     from t2r.training.objective import chunked_loss, token_loss
+    from t2r.training.teachers import OwnTeacher
     from tests.model.tiny import shake, student
     from tests.model.tiny import teacher as tiny_teacher
 
@@ -179,7 +180,7 @@ def test_a_documents_loss_is_the_same_alone_and_packed(tmp_path, monkeypatch):
         rows = PackedRows(Tokens(np.array(ids, dtype=np.int32), np.array(bounds)), len(ids))
         batch = collate([rows[0]])
         inputs = {"input_ids": batch["input_ids"], "cu_seqlens": batch["cu_seqlens"]}
-        with teacher(model) as base:
+        with OwnTeacher().active(model) as base:
             reference = base(**inputs, skip_logits=True, use_cache=False).hidden_states[0]
         hidden = model(**inputs, skip_logits=True, use_cache=False).hidden_states[0]
         return chunked_loss(model.get_base_model().lm_head, hidden, batch["labels"], reference, loss).item()

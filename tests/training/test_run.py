@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import t2r.training.trainer
 from t2r.training import merge, run
-from t2r.training.adapters import add_adapters, parameter_groups, teacher
+from t2r.training.adapters import add_adapters, parameter_groups
 from t2r.training.config import LoraConfig, OptimConfig
 from t2r.training.evaluator import Evaluator
+from t2r.training.teachers import OwnTeacher
 from tests.model.tiny import shake, student, tokens
 from tests.model.tiny import teacher as tiny_teacher
 from tests.training.tiny import workspace
@@ -281,7 +282,7 @@ def test_the_teacher_is_the_source_whatever_the_adapters_learn(start):
             if "lora_" in name:
                 p.add_(torch.randn_like(p))
         before = model(x).logits
-        with teacher(model) as base:
+        with OwnTeacher().active(model) as base:
             assert torch.equal(base(x).logits, source(x).logits)
         assert torch.equal(model(x).logits, before)
     assert (before - source(x).logits).abs().max() > 0.1

@@ -1,0 +1,60 @@
+"""Teachers: the softmax attention that a student came from, in its own frozen weights or in a model of its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from peft import PeftModel
+
+from t2r.model import T2RForCausalLM
+from t2r.training.config import TrainConfig
+
+
+class Teacher(Protocol):
+    """What a student learns from."""
+
+    def active(self, student: T2RForCausalLM | PeftModel) -> Iterator[T2RForCausalLM]:
+        """A context that gives the network to run, without gradients."""
+
+
+class OwnTeacher:
+    """The teacher that a student with adapters carries in itself: frozen weights, adapters off, softmax attention."""
+
+    @contextmanager
+    def active(self, student: PeftModel) -> Iterator[T2RForCausalLM]:
+        """See `Teacher`."""
+        base, trains = student.get_base_model(), [p.requires_grad for p in student.parameters()]
+        with torch.no_grad(), student.disable_adapter(), base.softmax_attention():
+            yield base
+        for parameter, train in zip(student.parameters(), trains, strict=True):  # which PEFT sets as it thinks fit
+            parameter.requires_grad_(train)
+
+
+class SeparateTeacher:
+    """A converted model that is not trained, with softmax attention.
+
+    Args:
+        model: like the student before its training.
+    """
+
+    def __init__(self, model: T2RForCausalLM):
+        self.model = model.requires_grad_(False).eval()
+
+    @contextmanager
+    def active(self, student: T2RForCausalLM | PeftModel) -> Iterator[T2RForCausalLM]:  # noqa: ARG002
+        """See `Teacher`."""
+        with torch.no_grad(), self.model.softmax_attention():
+            yield self.model
+
+
+def needs_separate_teacher(config: TrainConfig) -> bool:
+    """Whether a run changes the weights that the teacher would be made of."""
+    return config.trains == "full"
+
+
+def describe_teacher(config: TrainConfig) -> str:
+    """Which teacher a run has, in words."""
+    if needs_separate_teacher(config):
+        return "a second copy of the model, frozen, with softmax attention: everything trains in the first"
+    return "the student's own frozen weights: adapters off, softmax attention"
