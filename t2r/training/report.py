@@ -55,6 +55,7 @@ def _page(record: dict) -> str:
     training = record["training"]
     lines += _table("Training", {key: value for key, value in training.items() if key != "stages"})
     lines += ["", *_stages(training["stages"])]
+    lines += _gates([entry["gates"] for entry in record["history"] if "gates" in entry])
     if conversion:
         lines += ["", *_table("Conversion", {key: conversion[key] for key in CONVERSION if key in conversion})]
     return "\n".join(lines) + "\n"
@@ -68,6 +69,14 @@ def _table(title: str, rows: dict) -> list[str]:
 def _stages(stages: list[dict]) -> list[str]:
     lines = ["## Stages", "", f"| stage | {' | '.join(STAGE.values())} |", "|---" * (1 + len(STAGE)) + "|"]
     return lines + [f"| {s['stage']} | {' | '.join(_plain(s[key]) for key in STAGE)} |" for s in stages]
+
+
+def _gates(gates: list[dict]) -> list[str]:
+    if not gates:
+        return []
+    names = {"mean": "mean", "saturated": "within 0.001 of 0 or 1", "memory": "tokens that a slot keeps something"}
+    rows = [f"| {title} | {gates[0][name]:.4g} | {gates[-1][name]:.4g} |" for name, title in names.items()]
+    return ["", "## Forget gates", "", "| | first logged | last |", "|---|---|---|", *rows]
 
 
 def _evaluation(evaluation: dict) -> list[str]:

@@ -195,12 +195,14 @@ def _over(stage: Stage, model: T2RForCausalLM | PeftModel, checkpoint: Path | No
 
 def _history(stage: Stage, state: TrainerState) -> list[dict]:
     """What the record keeps of a stage's log; steps are counted over all stages."""
-    kept = ("loss", "tokens_per_second", "learning_rate", "grad_norm")
+    kept = ("loss", "tokens_per_second", "learning_rate", "grad_norm", "mfu", "peak_memory_mib")
     history = []
     for entry in state.log_history:
         if "loss" in entry:
             row = {"step": stage.steps_before + entry["step"], "stage": stage.name}
             row |= {key: entry[key] for key in kept if key in entry}
+            gates = {key.removeprefix("gates/"): value for key, value in entry.items() if key.startswith("gates/")}
+            row |= {"gates": gates} if gates else {}
             alignment = [value for key, value in entry.items() if key.startswith("alignment/")]
             history.append(row | ({"alignment": alignment} if alignment else {}))
     return history

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 
 import torch
 from peft import PeftModel
@@ -12,6 +13,8 @@ from t2r.training.adapters import base_of, parameter_groups, select_trained
 from t2r.training.align import alignment_loss
 from t2r.training.config import TrainConfig
 from t2r.training.data import IGNORED, PackedRows, collate
+from t2r.training.flops import flops_per_token, peak_flops
+from t2r.training.gates import gate_statistics
 from t2r.training.objective import chunked_loss, token_loss
 from t2r.training.stages import Stage
 from t2r.training.teachers import Teacher
@@ -47,6 +50,8 @@ class T2RTrainer(Trainer):
         self._clock: tuple[float, int] | None = None
         self._recent: list[tuple[int, list[int], torch.Tensor]] = []  # step, rows and loss since the last log
         self._misaligned: tuple[torch.Tensor, torch.Tensor] | None = None  # per-layer errors and tokens since then
+        self._gates: dict | None = None  # as they stood in the first forward pass since then
+        self._peak = peak_flops(self.args.device)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         for callback in watchers:
@@ -74,7 +79,9 @@ class T2RTrainer(Trainer):
                     with self.teacher.active(student) as base:
                         teacher_hidden = base(**inputs, skip_logits=True, use_cache=False).hidden_states[0]
                         teacher_head = base.lm_head
-                outputs = model(**inputs, skip_logits=True, use_cache=False)
+                look = gate_statistics(student) if self._gates is None else nullcontext(self._gates)
+                with look as self._gates:
+                    outputs = model(**inputs, skip_logits=True, use_cache=False)
                 head, hidden = base_of(student).lm_head, outputs.hidden_states[0]
                 loss = chunked_loss(head, hidden, labels, teacher_hidden, self.token_loss, teacher_head)
         self._recent.append((self.state.global_step + 1, rows, loss.detach()))
@@ -90,7 +97,7 @@ class T2RTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the throughput and the layers' alignment errors, and stop when the loss is no number.
+        """Add throughput, peak memory, gates and the layers' alignment errors; stop when the loss is no number.
 
         Raises:
             ValueError: the loss is NaN or infinite. The checkpoint of this step has not been written then.
@@ -102,10 +109,17 @@ class T2RTrainer(Trainer):
             began, first = self._clock
             logs["tokens"] = step * self.stage.tokens_per_step
             logs["tokens_per_second"] = (step - first) * self.stage.tokens_per_step / (now - began)
+            if self._peak:
+                work = flops_per_token(base_of(self.model).config, self.stage.config)
+                logs["mfu"] = logs["tokens_per_second"] * work / (self._peak * self.accelerator.num_processes)
+            if self.args.device.type == "cuda":
+                logs["peak_memory_mib"] = torch.cuda.max_memory_allocated(self.args.device) // 2**20
+            if self._gates:
+                logs |= {f"gates/{name}": self._gates[name] for name in ("mean", "saturated", "memory")}
             if self._misaligned:
                 errors, tokens = self._misaligned
                 logs |= {f"alignment/{i}": x for i, x in enumerate((errors / tokens).tolist())}
-            self._clock, self._recent, self._misaligned = (now, step), [], None
+            self._clock, self._recent, self._misaligned, self._gates = (now, step), [], None, None
         super().log(logs, start_time)
 
     def _no_number(self, loss: float) -> str:

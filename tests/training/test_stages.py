@@ -98,7 +98,11 @@ def test_each_stage_does_its_own(config, tmp_path):
     assert record["training"]["tokens"] == 12 * 128 + 4 * 64 + 5 * 64
     left = sorted(str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").glob("*/*"))
     assert left == ["1-align/checkpoint-12", "2-distill/checkpoint-4", "3-finetune/checkpoint-5"]
+    gates = [e["gates"] for e in record["history"] if "gates" in e]
+    assert len(gates) == 9
+    assert all(g["memory"] > 0 and 0 <= g["saturated"] <= 1 for g in gates)
     report = (tmp_path / "run" / "report.md").read_text()
+    assert "## Forget gates" in report
     assert "| 1-align | 12 | 1,536 |" in report
     merge(tmp_path / "run", tmp_path / "merged")
 
