@@ -1,6 +1,6 @@
 """The T2R network: a Llama-like decoder whose attention is Gated Slot Attention, softmax, or either on demand."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -302,6 +302,7 @@ class T2RForCausalLM(T2RPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
+        loss_from_hidden: Callable[[nn.Module, Tensor], Tensor] | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Predict next tokens. Arguments as `T2RModel.forward`, and:
@@ -309,8 +310,9 @@ class T2RForCausalLM(T2RPreTrainedModel, GenerationMixin):
         Args:
             labels: `[B, T]` token ids, -100 where there is nothing to learn; shifted here.
             logits_to_keep: logits of this many last positions only (0 for all), or of the positions named.
-            skip_logits: compute no logits; `hidden_states` then holds the last hidden state alone, for losses
-                that go through the vocabulary in pieces.
+            skip_logits: compute no logits; `hidden_states` then holds the last hidden state alone.
+            loss_from_hidden: computes `loss` from the head and the last hidden states, in place of logits: for losses
+                that go through the vocabulary in pieces, here, where sharded weights are at hand.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -322,6 +324,9 @@ class T2RForCausalLM(T2RPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state  # [B, T, hidden]
+        if loss_from_hidden is not None:
+            loss = loss_from_hidden(self.lm_head, hidden_states)
+            return CausalLMOutputWithPast(loss=loss, past_key_values=outputs.past_key_values)
         if skip_logits:
             return CausalLMOutputWithPast(past_key_values=outputs.past_key_values, hidden_states=(hidden_states,))
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

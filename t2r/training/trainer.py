@@ -5,6 +5,7 @@ import time
 from contextlib import nullcontext
 
 import torch
+from accelerate import DistributedType
 from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -15,7 +16,7 @@ from t2r.training.config import TrainConfig
 from t2r.training.data import IGNORED, PackedRows, collate
 from t2r.training.flops import flops_per_token, peak_flops
 from t2r.training.gates import gate_statistics
-from t2r.training.objective import chunked_loss, token_loss
+from t2r.training.predict import predicted_loss
 from t2r.training.stages import Stage
 from t2r.training.teachers import Teacher
 
@@ -46,12 +47,12 @@ class T2RTrainer(Trainer):
         select_trained(model, stage.config)
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=collate)
         self.stage, self.teacher = stage, teacher
-        self.token_loss = token_loss(stage.config.loss)
         self._clock: tuple[float, int] | None = None
         self._recent: list[tuple[int, list[int], torch.Tensor]] = []  # step, rows and loss since the last log
         self._misaligned: tuple[torch.Tensor, torch.Tensor] | None = None  # per-layer errors and tokens since then
         self._gates: dict | None = None  # as they stood in the first forward pass since then
         self._peak = peak_flops(self.args.device)
+        self._sharded = self.accelerator.distributed_type == DistributedType.FSDP
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         for callback in watchers:
@@ -69,27 +70,21 @@ class T2RTrainer(Trainer):
         """Mean loss per target of the accumulated batch."""
         labels, rows = inputs.pop("labels"), inputs.pop("rows")
         student, weights = self.accelerator.unwrap_model(model), self.stage.config.loss
-        outputs = None
         with self.accelerator.autocast():  # accelerate's own covers the wrapped model's forward alone
             if weights.align:
                 loss = weights.align * self._align(student, inputs, labels != IGNORED)
             else:
-                teacher_hidden = teacher_head = None
-                if weights.distill:
-                    with self.teacher.active(student) as base:
-                        teacher_hidden = base(**inputs, skip_logits=True, use_cache=False).hidden_states[0]
-                        teacher_head = base.lm_head
                 look = gate_statistics(student) if self._gates is None else nullcontext(self._gates)
                 with look as self._gates:
-                    outputs = model(**inputs, skip_logits=True, use_cache=False)
-                head, hidden = base_of(student).lm_head, outputs.hidden_states[0]
-                loss = chunked_loss(head, hidden, labels, teacher_hidden, self.token_loss, teacher_head)
+                    loss = predicted_loss(model, self.teacher, inputs, labels, weights, self._sharded)
         self._recent.append((self.state.global_step + 1, rows, loss.detach()))
         # `num_items_in_batch` counts the targets of all processes, whose gradients are then averaged.
         loss = loss / num_items_in_batch * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        return (loss, None) if return_outputs else loss
 
     def _align(self, student: T2RForCausalLM | PeftModel, inputs: dict, counted: torch.Tensor) -> torch.Tensor:
+        if self._sharded:
+            raise ValueError("align needs whole weights in each process: run this stage with DDP, then shard the next")
         averaged = (lambda x: self.accelerator.reduce(x, "mean")) if self.accelerator.num_processes > 1 else None
         loss, by_layer = alignment_loss(student, self.teacher, inputs, counted, averaged)
         before, tokens = self._misaligned or (0.0, 0.0)

@@ -1,0 +1,84 @@
+"""FSDP2: the losses and gradients of a model whose weights are sharded over two processes (gloo, on the CPU)."""
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from t2r.training.adapters import add_adapters, base_of, select_trained
+from t2r.training.config import LoraConfig, LossConfig, StageConfig
+from t2r.training.predict import predicted_loss
+from t2r.training.teachers import OwnTeacher, SeparateTeacher
+from tests.model.tiny import shake, student, tokens
+from tests.model.tiny import teacher as tiny_teacher
+
+
+def setting(trains):
+    torch.manual_seed(0)
+    model = student(tiny_teacher())
+    shake(model)
+    if trains == "full":
+        copy = student(tiny_teacher())
+        copy.load_state_dict(model.state_dict())
+        return model, SeparateTeacher(copy)
+    model = add_adapters(model, LoraConfig(r=2))
+    select_trained(model, StageConfig())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    return model, OwnTeacher()
+
+
+def step(model, teacher, rows, sharded):
+    """Loss and gradients of a batch, each process averaging in its own rows."""
+    labels = rows.clone()
+    weights = LossConfig(distill=0.7, cross_entropy=0.3)
+    losses = []
+    for _ in range(2):  # twice, so that what the first pass leaves behind shows
+        model.zero_grad()
+        loss = predicted_loss(model, teacher, {"input_ids": rows}, labels, weights, sharded)
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    whole = (lambda g: g.full_tensor()) if sharded else (lambda g: g)
+    return losses[0], {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worker(rank, port, trains, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+    model, teacher = setting(trains)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in base_of(model).model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    loss, gradients = step(model, teacher, tokens(2, 30)[rank : rank + 1], sharded=True)
+    if rank == 0:
+        torch.save((loss, gradients), folder / "sharded.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo")
+@pytest.mark.parametrize("trains", ["lora", "full"])
+def test_sharded_is_whole(trains, tmp_path):
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("", 0))
+        port = s.getsockname()[1]
+    mp.start_processes(worker, (port, trains, tmp_path), nprocs=2, start_method="spawn")
+    loss, gradients = torch.load(tmp_path / "sharded.pt")
+    model, teacher = setting(trains)
+    parts = [step(model, teacher, tokens(2, 30)[i : i + 1], sharded=False) for i in range(2)]
+    assert loss == pytest.approx(parts[0][0], rel=1e-4)
+    assert gradients.keys() == parts[0][1].keys()
+    for name, gradient in gradients.items():  # FSDP averages over processes
+        expected = (parts[0][1][name] + parts[1][1][name]) / 2
+        assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-5), name
