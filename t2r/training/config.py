@@ -112,11 +112,13 @@ class EvalConfig:
 
     Attributes:
         text: a UTF-8 text file; none for no evaluation.
+        every: also after each so many steps, counted over all stages; none for not.
         window: tokens of each non-overlapping window.
         limit: windows at most.
     """
 
     text: str | None = None
+    every: int | None = None
     window: int = 1024
     limit: int | None = 32
 

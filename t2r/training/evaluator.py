@@ -1,13 +1,17 @@
 """Perplexity of student and teacher before and after a finetune, on the same windows."""
 
+from collections.abc import Callable
+
 import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
+from transformers import TrainerCallback
 
 from t2r.evaluation import PerplexityReport, cut_windows, read_text, render, summarise, window_nlls
 from t2r.training.config import EvalConfig
+from t2r.training.stages import Stage
 from t2r.training.teachers import Teacher
 
 
@@ -39,25 +43,74 @@ class Evaluator:
         """The record's `evaluation` entries of the trained student."""
         return self._report("after")
 
+    def prepare(self) -> None:
+        """Evaluate the teacher, if it has not been yet."""
+        if self.state.is_main_process:
+            self._of_teacher()
+        self.state.wait_for_everyone()
+
+    def at(self, step: int) -> dict:
+        """Where the student stands after a step: `step`, and the perplexities of `student` and `teacher`."""
+        if not self.state.is_main_process:
+            self.state.wait_for_everyone()
+            return {}
+        report = summarise(window_nlls(self.model, self.windows), self._of_teacher())
+        found = report.overall
+        figures = {"step": step, "student": found.student, "teacher": found.teacher, "ratio": found.ratio}
+        Console(stderr=True).print(
+            f"step {step} · perplexity {found.student:.2f}, {found.ratio:.3f} × the teacher's", highlight=False
+        )
+        self.state.wait_for_everyone()
+        return figures
+
     def _report(self, stage: str) -> dict:
         if not self.state.is_main_process:
             self.state.wait_for_everyone()
             return {}
-        if self.teacher_nlls is None:
-            with self.teacher.active(self.model) as base:
-                self.teacher_nlls = self._nlls(base, "teacher")
-        report = summarise(self._nlls(self.model, f"student, {stage}"), self.teacher_nlls)
+        reference = self._of_teacher()
+        report = summarise(self._nlls(self.model, f"student, {stage}"), reference)
         Console(stderr=True).print(render(report, f"Perplexity {stage} the finetune"))
         self.state.wait_for_everyone()
         return {stage: report.as_dict(), f"{stage}_curve": _curve(report)}
+
+    def _of_teacher(self) -> Tensor:
+        if self.teacher_nlls is None:
+            with self.teacher.active(self.model) as base:
+                self.teacher_nlls = self._nlls(base, "teacher")
+        return self.teacher_nlls
 
     def _nlls(self, model: torch.nn.Module, label: str) -> Tensor:
         console = Console(stderr=True)
         if not console.is_terminal:
             console.print(f"evaluating {label}: {len(self.windows)} windows", highlight=False)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            return window_nlls(model, self.windows)
+        with Progress(console=console, transient=True) as progress:
             task = progress.add_task(f"evaluate {label}", total=len(self.windows))
             return window_nlls(model, self.windows, progress=lambda done, _: progress.update(task, completed=done))
+
+
+class EvaluateEvery(TrainerCallback):
+    """Evaluates now and then while a run goes on.
+
+    Args:
+        evaluator: how.
+        every: steps between two evaluations, counted over all stages.
+        keep: is given the figures of each.
+    """
+
+    def __init__(self, evaluator: Evaluator, every: int, keep: Callable[[dict], None]):
+        self.evaluator, self.every, self.keep = evaluator, every, keep
+        self.steps_before = 0
+
+    def begin(self, stage: Stage) -> None:
+        """Say which stage comes."""
+        self.steps_before = stage.steps_before
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        """Evaluate if it is time."""
+        step = self.steps_before + state.global_step
+        if step % self.every == 0:
+            self.keep(self.evaluator.at(step))
 
 
 def _curve(report: PerplexityReport) -> list[dict]:

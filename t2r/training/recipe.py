@@ -94,7 +94,7 @@ def _one_line(error: OmegaConfBaseException) -> str:
 
 def _check(config: TrainConfig) -> None:
     _at_least(1, save_every=config.save_every, save_limit=config.save_limit, log_every=config.log_every)
-    _at_least(1, **{"lora.r": config.lora.r})
+    _at_least(1, **{"lora.r": config.lora.r, "eval.every": config.eval.every})
     sources_of(config.data)
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, got {config.dtype!r}")

@@ -96,6 +96,9 @@ def _evaluation(evaluation: dict) -> list[str]:
             f"| {name} | {b['teacher']:.2f} | {b['student']:.2f} | {b['ratio']:.3f} "
             f"| {a['student']:.2f} | {a['ratio']:.3f} |"
         )
+    during = [f"| {e['step']} | {e['student']:.2f} | {e['ratio']:.3f} |" for e in evaluation.get("during", ())]
+    if during:
+        lines += ["", "| step | student | ratio |", "|---|---|---|", *during]
     return [*lines, ""]
 
 

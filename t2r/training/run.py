@@ -15,7 +15,7 @@ from t2r.model import T2RForCausalLM
 from t2r.training.adapters import add_adapters, check_converted
 from t2r.training.config import TrainConfig
 from t2r.training.data import PackedRows, tokenise
-from t2r.training.evaluator import Evaluator
+from t2r.training.evaluator import EvaluateEvery, Evaluator
 from t2r.training.folder import begin_folder, check_folder, is_finished
 from t2r.training.plan import Plan, plan_run
 from t2r.training.recipe import load_config
@@ -88,7 +88,19 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
 
     if state.is_main_process:
         Console(stderr=True).print(f"teacher: {describe_teacher(config)}", highlight=False)
-    record["history"] = _through_stages(model, teacher, config, stages, rows, bf16, resume, state)
+    watchers = [ProgressLine(stages)]
+    if evaluator and config.eval.every:
+
+        def keep(figures: dict) -> None:
+            if state.is_main_process:
+                during = {entry["step"]: entry for entry in record["evaluation"].get("during", ())}
+                during[figures["step"]] = figures  # a resumed run may come by here again
+                record["evaluation"]["during"] = [during[step] for step in sorted(during)]
+                write_record(output, record)
+
+        evaluator.prepare()
+        watchers.append(EvaluateEvery(evaluator, config.eval.every, keep))
+    record["history"] = _through_stages(model, teacher, config, stages, rows, watchers, bf16, resume, state)
     model.save_pretrained(output, is_main_process=state.is_main_process)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
     record["training"] = summarise_training(config, model, stages, tokens, record["history"], dtype, state.device)
@@ -142,6 +154,7 @@ def _through_stages(
     config: TrainConfig,
     stages: list[Stage],
     rows: list[PackedRows],
+    watchers: list[ProgressLine | EvaluateEvery],
     bf16: bool,
     resume: bool,
     state: PartialState,
@@ -151,14 +164,15 @@ def _through_stages(
     if resume and state.is_main_process:
         start = checkpoint or "the start: there is no checkpoint"
         Console(stderr=True).print(f"going on from {start}", highlight=False)
-    history, progress = [], ProgressLine(stages)
+    history = []
     for stage, its_rows in zip(stages, rows, strict=True):
         here = checkpoint if stage is last else None
         if last and (stage.index < last.index or (here and step_of(here) >= stage.steps)):
             history += _over(stage, model, here)
             continue
-        progress.begin(stage)
-        history += _train(model, teacher, stage, its_rows, training_arguments(config, stage, bf16), progress, here)
+        for watcher in watchers:
+            watcher.begin(stage)
+        history += _train(model, teacher, stage, its_rows, training_arguments(config, stage, bf16), watchers, here)
         if state.is_main_process:
             keep_last_checkpoint(stage)
     return history
@@ -170,11 +184,11 @@ def _train(
     stage: Stage,
     rows: PackedRows,
     args: TrainingArguments,
-    progress: ProgressLine,
+    watchers: list[ProgressLine | EvaluateEvery],
     checkpoint: Path | None,
 ) -> list[dict]:
     """Take the model through a stage; returns its part of the record's history."""
-    trainer = T2RTrainer(model, teacher, stage, rows, args, (progress,))
+    trainer = T2RTrainer(model, teacher, stage, rows, args, watchers)
     with StopOnSigterm(trainer.accelerator) as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -42,7 +43,7 @@ class T2RTrainer(Trainer):
         stage: Stage,
         rows: PackedRows,
         args: TrainingArguments,
-        watchers: tuple[TrainerCallback, ...] = (),
+        watchers: Sequence[TrainerCallback] = (),
     ):
         select_trained(model, stage.config)
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=collate)

@@ -154,3 +154,20 @@ def test_a_changed_stage_is_said(config, tmp_path, capsys):
     (tmp_path / "run" / "adapter_config.json").unlink()
     run(config, ["stages.2.steps=6"], resume=True)
     assert "resuming with changes to the run's configuration: stages" in " ".join(capsys.readouterr().err.split())
+
+
+def test_evaluation_along_the_way(config, tmp_path, monkeypatch):
+    options = [f"eval.text={tmp_path / 'heldout.txt'}", "eval.window=48", "eval.limit=2", "eval.every=4"]
+    plain = run(config, [*options[:3], f"output={tmp_path / 'plain'}"])
+    whole = run(config, [*options, f"output={tmp_path / 'whole'}"])
+    assert history(whole) == history(plain)  # it changes nothing
+    during = whole["evaluation"]["during"]
+    assert [entry["step"] for entry in during] == [4, 8, 12]
+    assert during[-1]["student"] == whole["evaluation"]["after"]["student"]
+    assert f"| 8 | {during[1]['student']:.2f} |" in (tmp_path / "whole" / "report.md").read_text()
+    monkeypatch.setattr(TRAINER, "training_step", dies(18, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, options)
+    monkeypatch.undo()
+    monkeypatch.setenv("T2R_CACHE", str(tmp_path / "cache"))
+    assert run(config, options, resume=True)["evaluation"] == whole["evaluation"]
