@@ -45,8 +45,8 @@ print(json.dumps({"tokens_per_second": stats.tokens_per_second, "state_bytes": s
 """
 
 
-def make_source(folder: Path) -> None:
-    """A Mistral-7B of random bf16 weights in shards, with a tokenizer of made-up words."""
+def make_source(folder: Path, **sizes: int) -> None:
+    """A Mistral-7B of random bf16 weights in shards, with a tokenizer of made-up words; `sizes` make it another."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -56,7 +56,11 @@ def make_source(folder: Path) -> None:
     from t2r_conversion import FAMILIES
 
     config = MistralConfig(
-        sliding_window=None, dtype="bfloat16", architectures=["MistralForCausalLM"], max_position_embeddings=32768
+        sliding_window=None,
+        dtype="bfloat16",
+        architectures=["MistralForCausalLM"],
+        max_position_embeddings=32768,
+        **sizes,
     )
     config.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1} | {f"w{i}": i for i in range(2, 32000)}, "<unk>"))
@@ -65,7 +69,7 @@ def make_source(folder: Path) -> None:
 
     family = FAMILIES["mistral"]
     names = list(family.expected_tensors(T2RConfig(**family.config_values(config))).items())
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
     weight_map = {}
     for first in range(0, len(names), 37):
         shard = f"model-{first:05d}.safetensors"
@@ -80,7 +84,7 @@ def _values(name: str, shape: tuple[int, ...], generator):
 
     if "norm" in name:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return (torch.randn(shape, generator=generator, device="cuda") * 0.02).bfloat16().cpu()
+    return (torch.randn(shape, generator=generator, device=generator.device) * 0.02).bfloat16().cpu()
 
 
 def make_text(path: Path) -> None:

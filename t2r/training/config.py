@@ -15,6 +15,7 @@ class SourceConfig:
         path: a `.txt` (one document), `.jsonl`, `.json` or `.parquet` file, or a dataset's Hub id.
         name: of a Hub dataset's configuration.
         split: of a Hub dataset.
+        revision: of a Hub dataset: a commit. With it, tokens in the cache are found without asking the Hub.
         column: makes the rows text, held by this column.
         weight: how often the source is gone through in one pass over the data; of a fraction, a sample.
         limit: documents at most; of a Hub dataset only these are fetched.
@@ -23,6 +24,7 @@ class SourceConfig:
     path: str = MISSING
     name: str | None = None
     split: str = "train"
+    revision: str | None = None
     column: str | None = None
     weight: float = 1.0
     limit: int | None = None
@@ -90,11 +92,11 @@ class OptimConfig:
     """AdamW.
 
     Attributes:
-        lr: peak learning rate of the adapters.
+        lr: peak learning rate of the adapters, or of the source's weights where everything trains.
         gate_lr: peak learning rate of the parameters that conversion added; they want 5 to 20 times `lr`.
         schedule: a transformers schedule: cosine, linear, constant_with_warmup, ...
         warmup_steps: optimizer steps of linear warm-up.
-        weight_decay: on the adapters; the added parameters have none.
+        weight_decay: on what `lr` is for; the added parameters have none.
         max_grad_norm: gradients are clipped to this norm.
     """
 
@@ -108,7 +110,7 @@ class OptimConfig:
 
 @dataclass
 class EvalConfig:
-    """Perplexity of student and teacher before and after, on a text that is not trained on.
+    """Perplexity of student and teacher before and after (and `every` so often), on a text that is not trained on.
 
     Attributes:
         text: a UTF-8 text file; none for no evaluation.

@@ -25,7 +25,8 @@ class Tokens:
     """A tokenised corpus.
 
     Attributes:
-        ids: all documents' tokens one after another, each ended by the end-of-sequence token, int32 `[total]`.
+        ids: all documents' tokens one after another, texts and completions ended by the end-of-sequence token, chats as
+            their template ends them; int32 `[total]`.
         bounds: where documents begin and end, int64 `[documents + 1]`.
         learn: which tokens have a loss, bool `[total]`; None for all.
     """
@@ -69,8 +70,11 @@ def _write(folder: Path, sources: list[SourceConfig], column: str, tokenizer: Pr
     parts = []
     for source in sources:
         rows, kind = load_rows(source, column)
-        encode = encoder(kind, source, tokenizer)
-        rows = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"tokenising {source.path}")
+        encode, title = encoder(kind, tokenizer), f"tokenising {source.path}"
+        try:
+            rows = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=title)
+        except Exception as error:  # whatever tokenizers and chat templates raise
+            raise ValueError(f"{source.path}: {' '.join(str(error).split())}") from error
         parts += [rows] if "ids" in rows.column_names else []  # not one document was left
     if not parts:
         raise ValueError("the data files hold no text")

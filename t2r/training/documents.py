@@ -64,7 +64,7 @@ def fingerprint(source: SourceConfig) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     else:
-        digest.update(f"{source.path} {_revision(source.path)}".encode())
+        digest.update(f"{source.path} {source.revision or _revision(source.path)}".encode())
     digest.update(f"{source.name} {source.split} {source.column} {source.weight} {source.limit}".encode())
     return digest.hexdigest()
 
@@ -97,9 +97,9 @@ def load_rows(source: SourceConfig, column: str, seed: int = 0):
         rows = rows.select(range(source.limit))
     whole, part = divmod(source.weight, 1)
     sample = rows.shuffle(seed=seed).select(range(round(part * len(rows))))
+    if part and not len(sample):
+        raise ValueError(f"{source.path}: has too few documents, {len(rows)}, for a weight of {source.weight}")
     copies = [rows] * int(whole) + ([sample] if len(sample) else [])
-    if not copies:
-        raise ValueError(f"{source.path}: a weight of {source.weight} leaves none of its {len(rows)} documents")
     rows = rows if source.weight == 1 else datasets.concatenate_datasets(copies)
     kind, columns = _kind(source, rows, source.column or column)
     return rows.select_columns(list(columns)), kind
@@ -126,8 +126,10 @@ def _hub(source: SourceConfig):
 
     try:
         if source.limit is None:
-            return datasets.load_dataset(source.path, source.name, split=source.split)
-        rows = datasets.load_dataset(source.path, source.name, split=source.split, streaming=True)
+            return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+        rows = datasets.load_dataset(
+            source.path, source.name, split=source.split, revision=source.revision, streaming=True
+        )
         return datasets.Dataset.from_list(list(rows.take(source.limit)))  # only what is wanted is fetched
     except Exception as error:  # whatever the Hub's and the dataset's code raise
         cause = " ".join(str(error.__cause__ or error).split())
@@ -155,7 +157,7 @@ def _kind(source: SourceConfig, rows, column: str) -> tuple[str, tuple[str, ...]
     return "text", (column,)
 
 
-def encoder(kind: str, source: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[dict], dict]:
+def encoder(kind: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[dict], dict]:
     """What `datasets.map` turns a batch of rows into: `ids`, a document each, and `learn`, 1 for tokens with a loss.
 
     Raises (when called):
@@ -172,8 +174,12 @@ def encoder(kind: str, source: SourceConfig, tokenizer: PreTrainedTokenizerBase)
     def completion(batch):
         found = {"ids": [], "learn": []}
         for prompt, answer in zip(batch["prompt"], batch["completion"], strict=True):
+            if not prompt or not answer:
+                continue
+            if isinstance(prompt, list) != isinstance(answer, list):
+                raise ValueError("prompt and completion are both text or both messages")
             if isinstance(answer, list):
-                _add(found, *_chat([*prompt, *answer], len(prompt), source, tokenizer))
+                _add(found, *_chat([*prompt, *answer], len(prompt), tokenizer))
                 continue
             before = tokenizer(prompt, verbose=False)["input_ids"]
             after = [*tokenizer(answer, verbose=False, add_special_tokens=False)["input_ids"], end]
@@ -182,8 +188,8 @@ def encoder(kind: str, source: SourceConfig, tokenizer: PreTrainedTokenizerBase)
 
     def chat(batch):
         found = {"ids": [], "learn": []}
-        for messages in batch["messages"]:
-            _add(found, *_chat(messages, 0, source, tokenizer))
+        for messages in filter(None, batch["messages"]):
+            _add(found, *_chat(messages, 0, tokenizer))
         return found
 
     return {"text": text, "completion": completion, "chat": chat}[kind]
@@ -195,21 +201,21 @@ def _add(found: dict, ids: list[int], learn: list[int]) -> None:
         found["learn"].append(learn)
 
 
-def _chat(messages: list[dict], first: int, source: SourceConfig, tokenizer) -> tuple[list[int], list[int]]:
+def _chat(messages: list[dict], first: int, tokenizer) -> tuple[list[int], list[int]]:
     """A conversation's tokens; those of the assistant's turns from message `first` on are learnt."""
     if not tokenizer.chat_template:
-        raise ValueError(f"{source.path}: holds conversations, and the model's tokenizer has no chat template")
+        raise ValueError("holds conversations, and the model's tokenizer has no chat template")
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     spans = []
     for i, message in enumerate(messages):
         if i < first or message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True) if i else ""
         until = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
         if not (until.startswith(before) and whole.startswith(until)):
             raise ValueError(
-                f"{source.path}: the chat template writes earlier turns anew when later ones come, so what the "
+                "the chat template writes earlier turns anew when later ones come, so what the "
                 "assistant said cannot be told apart; split conversations into prompt and completion"
             )
         spans.append((len(before), len(until)))

@@ -1,5 +1,6 @@
-"""Perplexity of student and teacher before and after a finetune, on the same windows."""
+"""Perplexity of student and teacher before, while and after a run goes on, on the same windows."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -11,8 +12,8 @@ from transformers import TrainerCallback
 
 from t2r.evaluation import PerplexityReport, cut_windows, read_text, render, summarise, window_nlls
 from t2r.training.config import EvalConfig
-from t2r.training.stages import Stage
 from t2r.training.teachers import Teacher
+from t2r.training.trainer import T2RTrainer
 
 
 class Evaluator:
@@ -69,7 +70,7 @@ class Evaluator:
             return {}
         reference = self._of_teacher()
         report = summarise(self._nlls(self.model, f"student, {stage}"), reference)
-        Console(stderr=True).print(render(report, f"Perplexity {stage} the finetune"))
+        Console().print(render(report, f"Perplexity {stage} the finetune"))
         self.state.wait_for_everyone()
         return {stage: report.as_dict(), f"{stage}_curve": _curve(report)}
 
@@ -100,17 +101,19 @@ class EvaluateEvery(TrainerCallback):
 
     def __init__(self, evaluator: Evaluator, every: int, keep: Callable[[dict], None]):
         self.evaluator, self.every, self.keep = evaluator, every, keep
-        self.steps_before = 0
+        self.steps_before, self.trainer = 0, None
 
-    def begin(self, stage: Stage) -> None:
-        """Say which stage comes."""
-        self.steps_before = stage.steps_before
+    def begin(self, trainer: T2RTrainer) -> None:
+        """Say whose stage comes."""
+        self.steps_before, self.trainer = trainer.stage.steps_before, trainer
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
         """Evaluate if it is time."""
         step = self.steps_before + state.global_step
         if step % self.every == 0:
+            began = time.perf_counter()
             self.keep(self.evaluator.at(step))
+            self.trainer.leave_out(time.perf_counter() - began)
 
 
 def _curve(report: PerplexityReport) -> list[dict]:

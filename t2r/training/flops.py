@@ -33,18 +33,18 @@ def flops_per_token(network: T2RConfig, stage: StageConfig) -> int:
     Twice a weight matrix's numbers for each pass through it: forward, backward to the input and, where it trains
     itself, backward to the weight; the teacher's forward; to align, backward through attention alone.
     """
-    attention, other = matrix_parameters(network)
+    attention, mlp, head = matrix_parameters(network)
     if stage.loss.align:
-        return 2 * (attention + other) + 2 * attention * (3 if stage.trains == "full" else 2)
+        return 2 * (attention + mlp) + 2 * attention * (3 if stage.trains == "full" else 2)
     passes = 2 + (stage.trains == "full") + bool(stage.loss.distill)
-    return 2 * passes * (attention + other)
+    return 2 * passes * (attention + mlp + head)
 
 
-def matrix_parameters(network: T2RConfig) -> tuple[int, int]:
-    """Numbers in the weight matrices that each token is multiplied with: of attention layers, and of the rest."""
+def matrix_parameters(network: T2RConfig) -> tuple[int, int, int]:
+    """Numbers in the weight matrices that each token is multiplied with: of attention layers, of MLPs, of the head."""
     hidden, D = network.hidden_size, network.head_dim
     attention = 2 * hidden * (network.num_attention_heads + network.num_key_value_heads) * D
     gates = hidden * network.num_key_value_heads * network.num_slots
     layers = network.layer_types
-    rest = len(layers) * 3 * hidden * network.intermediate_size + hidden * network.vocab_size
-    return len(layers) * attention + layers.count("linear_attention") * gates, rest
+    mlp = len(layers) * 3 * hidden * network.intermediate_size
+    return len(layers) * attention + layers.count("linear_attention") * gates, mlp, hidden * network.vocab_size

@@ -29,6 +29,8 @@ def gate_statistics(model: T2RForCausalLM | PeftModel) -> Iterator[dict[str, lis
 
     @torch.no_grad()
     def look(attention, arguments, keywords, _):
+        if attention.kind != LINEAR_ATTENTION:  # the teacher passes by in the student's own layers
+            return
         logits = attention.f_proj(arguments[0]).unflatten(-1, (-1, attention.config.num_slots))
         alpha = log_gate(logits, gate_of(keywords["slots"], attention.config)).exp()  # [B, T, H, M]
         saturated = (alpha < SATURATED) | (alpha > 1 - SATURATED)

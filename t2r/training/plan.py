@@ -110,10 +110,12 @@ def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = Non
         select_trained(model, stage.config)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         half = 2 if dtype == "bfloat16" else 4
+        # Autocast keeps copies of fp32 weights for the length of a pass; DDP copies gradients to buckets.
+        each = TRAINED_BYTES + (2 if half == 2 and stage.config.trains == "full" else 0) + (4 if processes > 1 else 0)
         activations, loss = _activations(network, stage.config, config, dtype)
         memory = {
             "frozen weights": (own if needs_separate_teacher(config) else frozen) * half,
-            "trained": (trainable - trained) * 4 + trained * TRAINED_BYTES,
+            "trained": (trainable - trained) * 4 + trained * each,
             "activations": activations,
             "loss": loss,
         }

@@ -1,6 +1,7 @@
 """A run from beginning to end: prepare, evaluate, train stage by stage, evaluate again, report."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -54,6 +55,8 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     if Path(config.model).is_dir():
         config.model = str(Path(config.model).resolve())  # a merge may be called from another folder
     output, state = Path(config.output), _processes()
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError("runs over sharded weights (FSDP) are not supported yet; use examples/accelerate/ddp.yaml")
     if resume and is_finished(output):
         Console(stderr=True).print(f"{output}: finished already; report: {output / 'report.md'}", highlight=False)
         return read_record(output)
@@ -126,7 +129,9 @@ def dry_run(path: str | Path, overrides: list[str] | None = None) -> Plan:
 
 def _processes() -> PartialState:
     """This process among the others. Without a GPU accelerate wants to be told that several processes are on CPUs."""
-    return PartialState(**{"cpu": True} if "LOCAL_RANK" in os.environ and not torch.cuda.is_available() else {})
+    waiting = {"timeout": timedelta(hours=6)}  # for the main process to tokenise, or to evaluate
+    on_cpus = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
+    return PartialState(**waiting | ({"cpu": True} if on_cpus else {}))
 
 
 def _student_and_teacher(config: TrainConfig, dtype: str, device: str) -> tuple[T2RForCausalLM | PeftModel, Teacher]:
@@ -170,8 +175,6 @@ def _through_stages(
         if last and (stage.index < last.index or (here and step_of(here) >= stage.steps)):
             history += _over(stage, model, here)
             continue
-        for watcher in watchers:
-            watcher.begin(stage)
         history += _train(model, teacher, stage, its_rows, training_arguments(config, stage, bf16), watchers, here)
         if state.is_main_process:
             keep_last_checkpoint(stage)
@@ -189,6 +192,8 @@ def _train(
 ) -> list[dict]:
     """Take the model through a stage; returns its part of the record's history."""
     trainer = T2RTrainer(model, teacher, stage, rows, args, watchers)
+    for watcher in watchers:
+        watcher.begin(trainer)
     with StopOnSigterm(trainer.accelerator) as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -12,6 +12,8 @@ from accelerate import PartialState
 from peft import PeftModel
 
 import t2r
+from t2r.model import T2RForCausalLM
+from t2r.training.adapters import select_trained
 from t2r.training.config import TrainConfig
 from t2r.training.data import Tokens
 from t2r.training.documents import is_local, sources_of
@@ -22,7 +24,7 @@ from t2r.training.teachers import describe_teacher
 
 def summarise_training(
     config: TrainConfig,
-    model: PeftModel,
+    model: T2RForCausalLM | PeftModel,
     stages: list[Stage],
     tokens: Tokens,
     history: list[dict],
@@ -39,7 +41,7 @@ def summarise_training(
         "stages": [_stage(stage) for stage in stages],
         "lora": as_dict(config)["lora"] if isinstance(model, PeftModel) else None,
         "teacher": describe_teacher(config),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trained_parameters": max(_trained(model, stage) for stage in stages),
         "seed": config.seed,
         "dtype": dtype,
         "seconds": round(sum(_seconds(stage, history) for stage in stages), 1),
@@ -47,6 +49,11 @@ def summarise_training(
         "peak_memory_mib": _peak_memory(device),
         "versions": {"t2r": t2r.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _trained(model: T2RForCausalLM | PeftModel, stage: Stage) -> int:
+    select_trained(model, stage.config)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _stage(stage: Stage) -> dict:

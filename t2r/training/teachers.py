@@ -25,10 +25,12 @@ class OwnTeacher:
     def active(self, student: PeftModel) -> Iterator[T2RForCausalLM]:
         """See `Teacher`."""
         base, trains = student.get_base_model(), [p.requires_grad for p in student.parameters()]
-        with torch.no_grad(), student.disable_adapter(), base.softmax_attention():
-            yield base
-        for parameter, train in zip(student.parameters(), trains, strict=True):  # which PEFT sets as it thinks fit
-            parameter.requires_grad_(train)
+        try:
+            with torch.no_grad(), student.disable_adapter(), base.softmax_attention():
+                yield base
+        finally:
+            for parameter, train in zip(student.parameters(), trains, strict=True):  # PEFT sets it as it thinks fit
+                parameter.requires_grad_(train)
 
 
 class SeparateTeacher:

@@ -85,7 +85,7 @@ class T2RTrainer(Trainer):
 
     def _align(self, student: T2RForCausalLM | PeftModel, inputs: dict, counted: torch.Tensor) -> torch.Tensor:
         if self._sharded:
-            raise ValueError("align needs whole weights in each process: run this stage with DDP, then shard the next")
+            raise ValueError("align needs whole weights in each process; use DDP")
         averaged = (lambda x: self.accelerator.reduce(x, "mean")) if self.accelerator.num_processes > 1 else None
         loss, by_layer = alignment_loss(student, self.teacher, inputs, counted, averaged)
         before, tokens = self._misaligned or (0.0, 0.0)
@@ -126,6 +126,11 @@ class T2RTrainer(Trainer):
             f"the loss is {loss} since {since} of the data (stage {self.stage.name}); lower optim.lr or optim.gate_lr, "
             "and --resume from the last checkpoint, which is from before"
         )
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count these seconds as training."""
+        if self._clock:
+            self._clock = self._clock[0] + seconds, self._clock[1]
 
     def training_step(self, *args, **kwargs):
         """As the Trainer's; the first one starts the clock."""

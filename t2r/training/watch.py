@@ -1,11 +1,12 @@
 """What a run shows while it goes on, and how it stops when it is asked to."""
 
+import os
 import signal
 import threading
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from t2r.training.stages import Stage
 
@@ -19,9 +20,9 @@ class ProgressLine(TrainerCallback):
         self.progress: Progress | None = None
         self.stage = stages[0]
 
-    def begin(self, stage: Stage) -> None:
-        """Say which stage comes."""
-        self.stage = stage
+    def begin(self, trainer: Trainer) -> None:
+        """Say whose stage comes."""
+        self.stage = trainer.stage
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002
         """Start the line."""
@@ -78,6 +79,8 @@ class StopOnSigterm(TrainerCallback):
     def __exit__(self, *_):
         if self.in_charge:
             signal.signal(signal.SIGTERM, self.before)
+            if self.asked and not self.stopped:  # it came behind the last step, whose checkpoint there is
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _ask(self, *_):
         self.asked = True

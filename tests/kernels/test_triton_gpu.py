@@ -64,6 +64,13 @@ def test_packed(lengths, dtype):
     check(tensors, cu_seqlens=bounds, hide_unwritten=True, position_offset=offsets)
 
 
+def test_compiled_for_one_document_serves_several():
+    for lengths in ([192], [50, 1, 141], [192]):
+        tensors = on_gpu(case(192, B=1, HQ=2, H=1, D=64, Dv=64, M=32, n=len(lengths), gates="mild"), torch.bfloat16)
+        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device="cuda")
+        check(tensors, cu_seqlens=bounds)
+
+
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_free_write_strengths(dtype):
     tensors = on_gpu(case(100, HQ=4, H=2, D=64, Dv=64, M=64, gates="mild"), dtype)

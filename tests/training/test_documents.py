@@ -59,6 +59,15 @@ def test_of_a_chat_what_the_assistant_says_is_learnt(tmp_path, tokenizer):
     assert learnt(tokenise(DataConfig(files=[file]), tokenizer), tokenizer) == expected
 
 
+def test_a_chat_may_begin_with_the_assistant_and_rows_may_be_empty(tmp_path, tokenizer):
+    rows = [{"messages": [say("assistant", "the cat"), say("user", "sat")]}, {"messages": []}, {"messages": None}]
+    tokens = tokenise(DataConfig(files=[write(tmp_path / "a.jsonl", *rows)]), tokenizer)
+    assert learnt(tokens, tokenizer) == "<UNK> THE CAT </S> <unk> sat </s>"
+    rows = [{"prompt": "the", "completion": "cat"}, {"prompt": "the", "completion": None}]
+    tokens = tokenise(DataConfig(files=[write(tmp_path / "b.jsonl", *rows)]), tokenizer)
+    assert learnt(tokens, tokenizer) == "the CAT </S>"
+
+
 def test_kinds_mix_and_a_column_makes_text_of_any(tmp_path, tokenizer):
     row = {"prompt": "the cat", "completion": "sat", "text": "a mat"}
     files = [write(tmp_path / "a.jsonl", row), {"path": str(tmp_path / "a.jsonl"), "column": "text"}]
@@ -97,8 +106,8 @@ def test_a_hub_dataset_and_only_as_much_as_is_wanted(tmp_path, tokenizer, monkey
     part = {"path": "some/dataset", "name": "small", "split": "test", "limit": 1}
     assert learnt(tokenise(DataConfig(files=[part]), tokenizer), tokenizer) == "THE CAT </S>"
     assert asked == [
-        (("some/dataset", None), {"split": "train"}, False),
-        (("some/dataset", "small"), {"split": "test"}, True),
+        (("some/dataset", None), {"split": "train", "revision": None}, False),
+        (("some/dataset", "small"), {"split": "test", "revision": None}, True),
     ]
 
 
@@ -106,6 +115,7 @@ def test_a_hub_dataset_and_only_as_much_as_is_wanted(tmp_path, tokenizer, monkey
     ("rows", "message"),
     [
         ([{"messages": [say("user", "the cat")]}], "nothing to learn"),
+        ([{"prompt": "the", "completion": [say("assistant", "cat")]}], "a.jsonl: prompt and completion are both"),
         ([{"body": "the cat"}], "no column 'text'; it has body.*messages or prompt and completion"),
     ],
 )

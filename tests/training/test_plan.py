@@ -81,6 +81,9 @@ def test_command(config, tmp_path):
     assert content["missing_files"] == ["nowhere.txt"]
     assert content["stages"][0]["memory_bytes"] == sum(content["stages"][0]["memory"].values())
     assert not (tmp_path / "run").exists()
+    refused = CliRunner().invoke(app, ["train", str(config), "--json"])
+    assert refused.exit_code == 2
+    assert "--json goes with --dry-run" in refused.output
 
 
 def test_a_model_that_is_not_converted(config, tmp_path):

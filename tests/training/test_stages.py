@@ -130,6 +130,31 @@ def test_sigterm_saves_and_stops(config, tmp_path, monkeypatch):
     assert history(run(config, ["save_every=100"], resume=True)) == history(whole)
 
 
+def test_sigterm_behind_the_last_step_of_a_stage_is_not_lost(config, tmp_path, monkeypatch):
+    save = TRAINER._save_checkpoint
+
+    def asked_while_saving(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        if self.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TRAINER, "_save_checkpoint", asked_while_saving)
+    handler = signal.signal(signal.SIGTERM, lambda *_: interrupt())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert (tmp_path / "run" / "1-align" / "checkpoint-3").is_dir()
+    assert not (tmp_path / "run" / "2-distill").exists()
+
+
+def test_sharded_runs_are_refused(config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"FSDP.* not supported yet"):
+        run(config)
+
+
 def test_two_processes_are_one_with_their_batches(config, tmp_path):
     options = ["lora.dropout=0", "stages.2.batch_size=2", "stages.1.tokens=512", "stages.2.steps=3"]
     alone = run(config, ["gradient_accumulation=4", f"output={tmp_path / 'alone'}", *options])

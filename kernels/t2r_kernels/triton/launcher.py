@@ -28,7 +28,7 @@ def run(launches: list[Launch], key: Hashable, device: torch.device) -> None:
     Args:
         launches: as listed above.
         key: all that the compiled code can depend on: which kernels, options, constants, dtypes, the values of
-            integers, whether pointers are multiples of 16.
+            integers (but for those that a kernel does not specialize on), whether pointers are multiples of 16.
         device: where the tensors are.
     """
     if device.type == "cpu":  # Triton's interpreter

@@ -17,7 +17,8 @@ from t2r_kernels.triton.blocks import (
 )
 
 
-@triton.jit
+# One compiled kernel for any number of sequences: the key that it is found by does not hold it (`launcher.py`).
+@triton.jit(do_not_specialize=["N", "NT"])
 def chunk_table_kernel(cu_seqlens, table, bounds, N, NT, C: tl.constexpr, BLOCK: tl.constexpr):
     """Chunks of packed sequences: one program per sequence, and one that fills up the table with empty chunks.
 
