@@ -1,10 +1,7 @@
 """Whole finetunes of a tiny model."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ from t2r.training.evaluator import Evaluator
 from t2r.training.teachers import OwnTeacher
 from tests.model.tiny import shake, student, tokens
 from tests.model.tiny import teacher as tiny_teacher
-from tests.training.tiny import workspace
+from tests.training.tiny import run_on_two_processes, workspace
 
 
 @pytest.fixture
@@ -108,16 +105,7 @@ def test_accumulation_changes_nothing(config, tmp_path):
 
 def test_two_processes_are_one_with_their_batches(config, tmp_path):
     alone = run(config, ["batch_size=4", f"output={tmp_path / 'alone'}"])
-    # On a machine without GPUs, `--multi_gpu` starts processes that talk through gloo.
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, "-m", "t2r.train", str(config)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr
-    together = json.loads((tmp_path / "run" / "t2r_record.json").read_text())
+    together = run_on_two_processes(config)
     assert together["training"]["tokens"] == alone["training"]["tokens"]
     assert losses(together) == pytest.approx(losses(alone), rel=1e-3)
 

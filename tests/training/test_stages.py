@@ -1,11 +1,8 @@
 """Runs of several stages."""
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -14,7 +11,7 @@ import t2r.training.trainer
 from t2r.training import merge, run
 from t2r.training.stages import plan_stages
 from t2r.training.watch import Terminated
-from tests.training.tiny import tiny_config, workspace
+from tests.training.tiny import run_on_two_processes, tiny_config, workspace
 
 STAGES = [
     {"stage": "align", "steps": 3, "trains": "gates"},
@@ -158,15 +155,7 @@ def test_sharded_runs_are_refused(config, monkeypatch):
 def test_two_processes_are_one_with_their_batches(config, tmp_path):
     options = ["lora.dropout=0", "stages.2.batch_size=2", "stages.1.tokens=512", "stages.2.steps=3"]
     alone = run(config, ["gradient_accumulation=4", f"output={tmp_path / 'alone'}", *options])
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, "-m", "t2r.train", str(config), *options],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr
-    together = json.loads((tmp_path / "run" / "t2r_record.json").read_text())
+    together = run_on_two_processes(config, *options)
     assert together["training"]["tokens"] == alone["training"]["tokens"]
     for a, b in zip(together["history"], alone["history"], strict=True):
         assert (a["stage"], a["step"]) == (b["stage"], b["step"])

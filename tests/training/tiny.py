@@ -1,6 +1,9 @@
 """A tiny converted model with a tokenizer, and configurations to finetune it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
@@ -51,6 +54,20 @@ def workspace(folder: Path, **overrides) -> Path:
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder / "config.yaml"
+
+
+def run_on_two_processes(config: Path, *overrides: str) -> dict:
+    """The record of a run by two processes that talk through gloo."""
+    # On a machine without GPUs, `--multi_gpu` starts processes on its CPUs.
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "-m", "t2r.train", str(config), *overrides],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((Path(tiny_config(config.parent, *overrides).output) / "t2r_record.json").read_text())
 
 
 def tiny_config(folder: Path, *overrides: str) -> TrainConfig:
