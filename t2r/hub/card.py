@@ -17,6 +17,14 @@ _KINDS = {
     "sliding_attention": "sliding-window softmax attention",
 }
 TAGS = ["t2r", "gated-slot-attention", "linear-attention", "recurrent"]
+STAGE = {
+    "stage": "stage",
+    "steps": "steps",
+    "tokens": "tokens",
+    "sequence length": "sequence_length",
+    "trains": "trains",
+    "objective": "objective",
+}
 
 
 def build_card(folder: str | Path, repo: str | None = None) -> ModelCard:
@@ -141,8 +149,11 @@ def _training(facts: ModelFacts) -> str | None:
     training = facts.record.get("training")
     if not training:
         return None
-    rows = [[name.replace("_", " "), _value(value)] for name, value in training.items() if value is not None]
-    return "## Training\n\n" + _table(["", ""], rows)
+    named = {name: value for name, value in training.items() if value is not None and name != "stages"}
+    tables = [_table(["", ""], [[name.replace("_", " "), _value(value)] for name, value in named.items()])]
+    if stages := training.get("stages"):
+        tables.append(_table(list(STAGE), [[_value(stage.get(name)) for name in STAGE.values()] for stage in stages]))
+    return "\n\n".join(["## Training", *tables])
 
 
 def _evaluation(facts: ModelFacts) -> str | None:
