@@ -96,3 +96,14 @@ def test_damaged_record(folder):
     (folder / "t2r_record.json").write_text("{")
     with pytest.raises(ValueError, match=r"t2r_record\.json: not JSON"):
         build_card(folder)
+
+
+def test_stages_are_a_table(folder):
+    stage = {"stage": "1-align", "steps": 4, "tokens": 4096, "sequence_length": 1024, "trains": "gates"}
+    stages = [stage | {"objective": {"align": 1.0}}, stage | {"stage": "2-distill", "objective": {"distill": 1.0}}]
+    write_record(folder, conversion=CONVERSION, training=TRAINING | {"stages": stages})
+    card = build_card(folder)
+    assert "| stage | steps | tokens | sequence length | trains | objective |" in card.text
+    assert "| 1-align | 4 | 4,096 | 1,024 | gates | align: 1.0 |" in card.text
+    assert "| 2-distill | 4 | 4,096 | 1,024 | gates | distill: 1.0 |" in card.text
+    assert "| stages |" not in card.text
