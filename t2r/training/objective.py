@@ -82,31 +82,22 @@ def chunked_loss(
     states = hidden[:, :-1][wanted]  # [n, hidden]
     teacher = None if teacher_hidden is None else teacher_hidden[:, :-1][wanted]
     trained = [p for p in head.parameters() if p.requires_grad]
-    return _ChunkedLoss.apply(head, teacher_head or head, loss, targets, teacher, states, *trained)
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, head, teacher_head, loss, targets, teacher, states, *trained):
-        total = states.new_zeros((), dtype=torch.float32)
-        gradients = [torch.zeros_like(x) for x in (states, *trained)]
-        for start in range(0, len(states), TOKENS_AT_ONCE):
-            part = slice(start, start + TOKENS_AT_ONCE)
+    teacher_head = teacher_head or head
+    total = states.new_zeros((), dtype=torch.float32)
+    gradients = [torch.zeros_like(x) for x in (states, *trained)]
+    for start in range(0, len(states), TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        with torch.no_grad():
             reference = None if teacher is None else teacher_head(teacher[part]).float()
-            with torch.enable_grad():
-                chunk = states[part].detach().requires_grad_()
-                value = loss(head(chunk).float(), targets[part], reference)
-            by_state, *by_parameter = torch.autograd.grad(value, [chunk, *trained])
-            gradients[0][part] = by_state
-            for gradient, more in zip(gradients[1:], by_parameter, strict=True):
-                gradient += more
-            total += value.detach()
-        ctx.save_for_backward(*gradients)
-        return total
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return None, None, None, None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
+        with torch.enable_grad():
+            chunk = states[part].detach().requires_grad_()
+            value = loss(head(chunk).float(), targets[part], reference)
+        by_state, *by_parameter = torch.autograd.grad(value, [chunk, *trained])
+        gradients[0][part] = by_state
+        for gradient, more in zip(gradients[1:], by_parameter, strict=True):
+            gradient += more
+        total += value.detach()
+    return delivered(total, [states, *trained], gradients)
 
 
 def delivered(value: Tensor, parameters: list[Tensor], gradients: list[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from t2r.training.adapters import add_adapters, select_trained
 from t2r.training.config import StageConfig, TrainConfig
 from t2r.training.documents import is_local, sources_of
 from t2r.training.objective import TOKENS_AT_ONCE
+from t2r.training.recipe import dtype_of
 from t2r.training.stages import Stage, plan_stages
 from t2r.training.teachers import describe_teacher, needs_separate_teacher
 
@@ -95,7 +96,7 @@ def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = Non
         ValueError: there is no such model, it is not converted, or a LoRA target does not exist.
     """
     on_cuda = torch.cuda.is_available() if on_cuda is None else on_cuda
-    dtype = ("bfloat16" if on_cuda else "float32") if config.dtype == "auto" else config.dtype
+    dtype = dtype_of(config, on_cuda)
     network = _configuration(config.model)
     with torch.device("meta"):
         model = T2RForCausalLM(network)

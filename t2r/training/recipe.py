@@ -78,6 +78,11 @@ def stages_of(config: TrainConfig) -> list[StageConfig]:
     return stages
 
 
+def dtype_of(config: TrainConfig, on_cuda: bool) -> str:
+    """The dtype of the frozen weights: what the recipe says, or what suits the device."""
+    return ("bfloat16" if on_cuda else "float32") if config.dtype == "auto" else config.dtype
+
+
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration as YAML."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")

@@ -19,7 +19,7 @@ from t2r.training.data import PackedRows, tokenise
 from t2r.training.evaluator import EvaluateEvery, Evaluator
 from t2r.training.folder import begin_folder, check_folder, is_finished
 from t2r.training.plan import Plan, plan_run
-from t2r.training.recipe import load_config
+from t2r.training.recipe import dtype_of, load_config
 from t2r.training.report import write_report
 from t2r.training.stages import Stage, keep_last_checkpoint, last_checkpoint, plan_stages, step_of, where_to_go_on
 from t2r.training.summary import summarise_training
@@ -67,7 +67,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         raise ValueError(f"{config.model}: its tokenizer has no end-of-sequence token, which must end each document")
     check_folder(config, resume, overwrite)
     on_cuda = state.device.type == "cuda"
-    dtype = ("bfloat16" if on_cuda else "float32") if config.dtype == "auto" else config.dtype
+    dtype = dtype_of(config, on_cuda)
     bf16 = on_cuda and dtype == "bfloat16"
     stages = plan_stages(config, state.num_processes)
     for stage in stages:

@@ -26,7 +26,7 @@ def block(width: int, least: int = 16) -> int:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up (`triton.cdiv` costs a microsecond a call)."""
+    """a / b, rounded up (`triton.cdiv` is slow to call from Python)."""
     return -(a // -b)
 
 
