@@ -2,13 +2,17 @@
 
 `python -m benchmarks.training --work DIR` makes the checkpoint, measures each kind of training in a process of its own
 and writes `training.json`. `--layers 4` tries it out on a model of four layers; `--only finetune/2048` measures that.
+The columns are t2r as it is, the softmax model, and both with the other's choice about liger-kernel, where installed.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,7 @@ from benchmarks.record import write_results
 
 RESULTS = Path(__file__).parent / "results"
 STEP_TOKENS = 16384
+SHARDED = Path(__file__).parent.parent / "examples" / "accelerate" / "fsdp2.yaml"
 # Each row: what trains how, and the length of sequences.
 ROWS = {
     "finetune/2048": ("finetune", 2048),
@@ -30,6 +35,9 @@ ROWS = {
     "distill/2048": ("distill", 2048),
     "align/2048": ("align", 2048),
 }
+
+
+PEERS = ("ours_without_liger", "softmax", "softmax_with_liger")
 
 
 class Clock(TrainerCallback):
@@ -71,6 +79,7 @@ def trainer_of(who: str, kind: str, length: int, work: Path, steps: int) -> Trai
     from t2r.training.adapters import add_adapters
     from t2r.training.config import DataConfig, TrainConfig
     from t2r.training.data import PackedRows, Tokens
+    from t2r.training.fused import use_liger, wants_liger
     from t2r.training.stages import plan_stages
     from t2r.training.teachers import OwnTeacher
     from t2r.training.trainer import T2RTrainer, training_arguments
@@ -83,14 +92,17 @@ def trainer_of(who: str, kind: str, length: int, work: Path, steps: int) -> Trai
     (stage,) = plan_stages(config, 1)
     on_cuda = torch.cuda.is_available()
     args = training_arguments(config, stage, bf16=on_cuda)
-    args.save_strategy = "no"
+    args.save_strategy, args.disable_tqdm = "no", True
     total = (steps + 1) * STEP_TOKENS * args.world_size
     ids = np.random.default_rng(0).integers(2, 32000, total).astype(np.int32)
     rows = PackedRows(Tokens(ids, np.arange(0, total + 1, length)), length)
     dtype = "bfloat16" if on_cuda else "float32"
-    if who == "ours":
-        model = add_adapters(load_model(work / "converted", dtype=dtype), config.lora)
+    if who.startswith("ours"):
+        model = add_adapters(load_model(work / "converted", dtype=dtype, device=str(args.device)), config.lora)
+        if wants_liger(config, on_cuda) and who != "ours_without_liger":
+            use_liger(model)
         return T2RTrainer(model, OwnTeacher(), stage, rows, args)
+    args.use_liger_kernel = who == "softmax_with_liger"
     model = AutoModelForCausalLM.from_pretrained(work / "source", dtype=dtype, device_map=args.device)
     lora = config.lora
     options = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": list(lora.targets), "task_type": "CAUSAL_LM"}
@@ -105,14 +117,21 @@ def measure(who: str, kind: str, length: int, work: Path, steps: int) -> dict:
     trainer.train()
     tokens = (steps - clock.warm_up) * STEP_TOKENS * trainer.args.world_size
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return {"tokens_per_second": tokens / clock.seconds, "peak_gib": peak, "main": trainer.is_world_process_zero()}
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    found = {"tokens_per_second": round(tokens / clock.seconds, 1), "peak_gib": round(peak, 2)}
+    return found | {"main": trainer.is_world_process_zero()}
 
 
-def in_a_process(*words: str) -> dict:
-    """`measure` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.training", "--one", *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def in_a_process(*words: str, gpus: int = 1) -> dict:
+    """`measure` in a process of its own, or in one for each of several GPUs, over which the weights are sharded."""
+    launch, visible = [], ",".join(map(str, range(gpus)))
+    if gpus > 1:
+        launch = ["accelerate.commands.launch", "--config_file", SHARDED, "--num_processes", gpus, "-m"]
+    command = [sys.executable, "-m", *map(str, launch), "benchmarks.training", "--one", *words]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": visible, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"tokens')))
 
 
 def prepare(work: Path, layers: int) -> None:
@@ -132,7 +151,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--only", action="append", choices=list(ROWS))
+    parser.add_argument("--only", action="append", choices=[*ROWS, "two_gpus"])
+    parser.add_argument("--who", action="append", choices=list(PEERS), help="columns beside `ours` (all)")
     parser.add_argument("--one", nargs=3, metavar=("WHO", "KIND", "LENGTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -143,20 +163,29 @@ def main() -> None:
         return
     prepare(options.work, options.layers)
     settings = ("--work", str(options.work), "--steps", str(options.steps))
-    wanted, rows, softmax = options.only or list(ROWS), [], {}
+    wanted, rows = options.only or [*ROWS, *(["two_gpus"] if torch.cuda.device_count() > 1 else [])], []
+    peers = [peer for peer in options.who or PEERS if "liger" not in peer or find_spec("liger_kernel")]
+
+    @cache
+    def speed(who: str, kind: str, length: int, gpus: int = 1) -> dict:
+        found = in_a_process(who, kind, str(length), *settings, gpus=gpus)
+        print(who, kind, length, gpus, found, file=sys.stderr, flush=True)
+        return found
+
     for name in (name for name in ROWS if name in wanted):
         kind, length = ROWS[name]
-        ours = in_a_process("ours", kind, str(length), *settings)
-        softmax[length] = softmax.get(length) or in_a_process("softmax", "finetune", str(length), *settings)
-        row = {"name": name, "unit": "tokens/s", "ours": round(ours["tokens_per_second"], 1)}
-        rows.append(row | {"softmax": round(softmax[length]["tokens_per_second"], 1)})
-        if name == "distill/2048":
-            rows.append({"name": "distill_peak_gib", "unit": "GiB", "ours": round(ours["peak_gib"], 2)})
-    table = Table("row", "unit", "ours", "softmax", "ratio")
+        found = {who: speed(who, kind if "ours" in who else "finetune", length) for who in ("ours", *peers)}
+        rows.append({"name": name, "unit": "tokens/s"} | {who: x["tokens_per_second"] for who, x in found.items()})
+        if kind == "distill":
+            peaks = {who: x["peak_gib"] for who, x in found.items() if "ours" in who}
+            rows.append({"name": "distill_peak_gib", "unit": "GiB"} | peaks)
+    if "two_gpus" in wanted:
+        two, one = (speed("ours", "finetune", 2048, gpus)["tokens_per_second"] for gpus in (2, 1))
+        rows.append({"name": "two_gpus", "unit": "tokens/s", "ours": two, "one": one})
+    columns = ("ours", *PEERS, "one")
+    table = Table("row", "unit", *columns)
     for row in rows:
-        peer = row.get("softmax")
-        ratio = f"{row['ours'] / peer:.2f}" if peer else "–"
-        table.add_row(row["name"], row["unit"], f"{row['ours']:,}", f"{peer:,}" if peer else "–", ratio)
+        table.add_row(row["name"], row["unit"], *(f"{row[key]:,}" if key in row else "" for key in columns))
     Console().print(table)
     Console(stderr=True).print(str(write_results("training", rows, options.out)))
 

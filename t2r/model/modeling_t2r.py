@@ -26,6 +26,7 @@ from t2r_kernels import gsa, gsa_step
 
 from .cache import T2RCache
 from .configuration_t2r import LINEAR_ATTENTION, T2RConfig
+from .packed import attend_by_document, attends_by_document
 from .positions import Positions
 from .starts import STARTS, gate_of, slot_schedule
 
@@ -39,8 +40,13 @@ class GateProjection(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., hidden]` to `[..., heads * slots]`, in the dtype of the weight."""
-        return super().forward(x.to(self.weight.dtype))
+        """`[..., hidden]` to `[..., heads * slots]`, in the dtype of the weight, or of autocast."""
+        return super().forward(x if torch.is_autocast_enabled(x.device.type) else x.to(self.weight.dtype))
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of queries and keys `[B, T, heads, D]`; cosines and sines are `[B, T, D]`."""
+    return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
 
 
 class T2RAttention(nn.Module):
@@ -49,6 +55,8 @@ class T2RAttention(nn.Module):
     A converted layer (`linear_attention`) also has a gate projection `f_proj`, and can be switched to the softmax
     attention that it came from by setting `kind`.
     """
+
+    rotate = staticmethod(rotate)
 
     def __init__(self, config: T2RConfig, layer_idx: int):
         super().__init__()
@@ -86,13 +94,13 @@ class T2RAttention(nn.Module):
         if self.kind == LINEAR_ATTENTION:
             o = self._slots(hidden_states, q, k, v, positions, slots, rope, past_key_values)
         else:
-            o = self._softmax(q, k, v, rope, attention_mask, past_key_values, position_ids=positions.ids, **kwargs)
+            o = self._softmax(q, k, v, positions, rope, attention_mask, past_key_values, **kwargs)
         return self.o_proj(o)
 
     def _slots(self, hidden_states, q, k, v, positions, slots, rope, past_key_values) -> Tensor:
         start, config = self.start, self.config
         if start.rope:
-            q, k = apply_rotary_pos_emb(q, k, *rope, unsqueeze_dim=2)
+            q, k = (x.to(v.dtype) for x in self.rotate(q, k, *rope))
         if start.swish:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         logits = self.f_proj(hidden_states).unflatten(-1, (-1, config.num_slots))  # [B, T, H, M]
@@ -118,9 +126,12 @@ class T2RAttention(nn.Module):
             o = F.silu(o)
         return self.g_norm(o).to(o.dtype) if start.output_norm else o
 
-    def _softmax(self, q, k, v, rope, attention_mask, past_key_values, **kwargs) -> Tensor:
+    def _softmax(self, q, k, v, positions, rope, attention_mask, past_key_values, **kwargs) -> Tensor:
+        q, k = self.rotate(q, k, *rope)
+        window = self.config.sliding_window if self.kind == "sliding_attention" else None
+        if attends_by_document(q, positions, self.config):
+            return attend_by_document(q, k, v, positions, window).flatten(2)  # [1, T, HQ * D]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H(Q), T, D]
-        q, k = apply_rotary_pos_emb(q, k, *rope)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -132,7 +143,8 @@ class T2RAttention(nn.Module):
             attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.head_dim**-0.5,
-            sliding_window=self.config.sliding_window if self.kind == "sliding_attention" else None,
+            sliding_window=window,
+            position_ids=positions.ids,
             **kwargs,
         )
         return o.flatten(2)  # [B, T, HQ * D]
@@ -219,6 +231,7 @@ class T2RModel(T2RPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -232,6 +245,7 @@ class T2RModel(T2RPreTrainedModel):
             use_cache: return a cache (never for packed documents).
             cu_seqlens: `[N + 1]`, bounds of packed documents (B = 1); found from restarting `position_ids`
                 when not given.
+            max_seqlen: tokens of the longest packed document; softmax layers are faster for it.
 
         Raises:
             ValueError: the arguments contradict each other, or the cache is not a `T2RCache` for these layers.
@@ -241,7 +255,7 @@ class T2RModel(T2RPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         self._check_cache(past_key_values)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        positions = Positions.resolve(hidden_states, attention_mask, position_ids, cu_seqlens, past)
+        positions = Positions.resolve(hidden_states, attention_mask, position_ids, cu_seqlens, past, max_seqlen)
         if use_cache and past_key_values is None and positions.cu_seqlens is None:
             past_key_values = T2RCache(self.config, self.layer_kinds)
         masks = self._softmax_masks(hidden_states, attention_mask, positions, past_key_values)
@@ -260,6 +274,8 @@ class T2RModel(T2RPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _softmax_masks(self, inputs_embeds, attention_mask, positions, past_key_values) -> dict[str, Tensor | None]:
+        if attends_by_document(inputs_embeds, positions, self.config):
+            return {}
         return {
             kind: MASKS[kind](
                 config=self.config,

@@ -15,13 +15,15 @@ class Positions:
         offset: position of each sequence's first place, `[N]` (negative for left padding): N = B, or the number
             of packed documents.
         padding: True where a place holds no token, `[B, T]`; None without an attention mask.
-        cu_seqlens: bounds of packed documents, `[N + 1]`; None when each row is one document.
+        cu_seqlens: bounds of packed documents, int32 `[N + 1]`; None when each row is one document.
+        longest: tokens of the longest packed document, or more.
     """
 
     ids: Tensor
     offset: Tensor
     padding: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    longest: int | None = None
 
     @classmethod
     def resolve(
@@ -31,6 +33,7 @@ class Positions:
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         past: int,
+        max_seqlen: int | None = None,
     ) -> "Positions":
         """Fill in what the caller left out.
 
@@ -40,6 +43,7 @@ class Positions:
             position_ids: `[B, T]` or `[1, T]`.
             cu_seqlens: `[N + 1]`.
             past: tokens already in the cache.
+            max_seqlen: tokens of the longest packed document.
 
         Raises:
             ValueError: packed documents in several rows, beside a mask or with a cache; a mask that is not 2-D.
@@ -48,7 +52,7 @@ class Positions:
         if cu_seqlens is None and position_ids is not None and attention_mask is None and past == 0:
             cu_seqlens = _restarts(position_ids)
         if cu_seqlens is not None:
-            return cls._packed(B, T, inputs.device, attention_mask, cu_seqlens, past)
+            return cls._packed(B, T, inputs.device, attention_mask, cu_seqlens, past, max_seqlen)
         if attention_mask is None:
             if position_ids is None:
                 position_ids = torch.arange(past, past + T, device=inputs.device)[None]
@@ -74,7 +78,7 @@ class Positions:
         return replace(self, **moved)
 
     @classmethod
-    def _packed(cls, B, T, device, attention_mask, cu_seqlens, past) -> "Positions":
+    def _packed(cls, B, T, device, attention_mask, cu_seqlens, past, max_seqlen) -> "Positions":
         if B != 1 or attention_mask is not None or past:
             raise ValueError(
                 "packed documents come as one row of tokens ([1, total]), without attention_mask and without a cache"
@@ -82,7 +86,8 @@ class Positions:
         lengths = cu_seqlens.diff()
         starts = cu_seqlens[:-1].repeat_interleave(lengths, output_size=T)
         ids = torch.arange(T, device=device) - starts
-        return cls(ids[None], torch.zeros(len(lengths), dtype=torch.long, device=device), None, cu_seqlens)
+        offset = torch.zeros(len(lengths), dtype=torch.long, device=device)
+        return cls(ids[None], offset, None, cu_seqlens.to(torch.int32), max_seqlen or T)
 
 
 def _restarts(position_ids: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from t2r.model import LINEAR_ATTENTION, T2RConfig, T2RForCausalLM, new_parameters
 from t2r.training.config import LoraConfig, OptimConfig, StageConfig
+from t2r.training.lora import fuse_lora
 
 
 def added_modules(config: T2RConfig) -> list[str]:
@@ -49,6 +50,7 @@ def add_adapters(model: T2RForCausalLM, lora: LoraConfig) -> PeftModel:
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    fuse_lora(wrapped)
     return wrapped
 
 

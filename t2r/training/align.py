@@ -8,9 +8,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from t2r.model import LINEAR_ATTENTION, T2RForCausalLM
+from t2r.model.modeling_t2r import T2RAttention
 from t2r.training.adapters import base_of
 from t2r.training.objective import delivered
-from t2r.training.teachers import Teacher
+from t2r.training.sharded import gathered, sharded_like
+from t2r.training.teachers import Teacher, way_into
 
 
 def alignment_loss(
@@ -19,6 +21,7 @@ def alignment_loss(
     inputs: dict[str, Tensor],
     counted: Tensor,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    sharded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """How far each converted layer's output is from its softmax attention's, both on the teacher's hidden states.
 
@@ -32,38 +35,42 @@ def alignment_loss(
         inputs: of the teacher's forward pass.
         counted: which tokens count, bool `[B, T]`.
         reduce: averages a vector of gradients over processes, whose gradient hooks this way of computing bypasses.
+        sharded: whether the student's weights are sharded (FSDP2).
 
     Returns:
         The sum over tokens of the mean over layers, a scalar with gradients; and each layer's sum, `[layers]` fp32.
     """
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    layers = base_of(model).model.layers
+    students = [layer.self_attn for layer in layers]
+    # By name: within a forward pass, sharded parameters are others.
+    trained = {student: [n for n, p in student.named_parameters() if p.requires_grad] for student in students}
     sums: list[Tensor] = []
-    parameters: list[Tensor] = []
+    parameters: list[tuple[T2RAttention, str]] = []
     gradients: list[Tensor] = []
 
     def compare(student, arguments, keywords, expected):
         with torch.enable_grad(), _as_student(student):
-            mine = [p for p in student.parameters() if id(p) in trained]
+            mine = [student.get_parameter(name) for name in trained[student]]
             actual = student.forward(arguments[0].detach(), *arguments[1:], **keywords)
             error = (actual.float() - expected.float()).square().sum(-1)  # [B, T]
             error = error / expected.float().square().sum(-1).clamp_min(1e-12)
             error = error[counted].sum()
             gradients.extend(torch.autograd.grad(error / len(hooks), mine))
-        parameters.extend(mine)
+        parameters.extend((student, name) for name in trained[student])
         sums.append(error.detach())
 
-    students = [layer.self_attn for layer in base_of(model).model.layers]
     hooks = []
     with teacher.active(model) as base:
-        for student, layer in zip(students, base.model.layers, strict=True):
-            if hasattr(student, "f_proj"):
+        for mine, layer in zip(layers, base.model.layers, strict=True):
+            if hasattr(mine.self_attn, "f_proj"):
 
-                def hook(_, arguments, keywords, output, student=student):
-                    compare(student, arguments, keywords, output)
+                def hook(_, arguments, keywords, output, mine=mine):
+                    with gathered(mine):
+                        compare(mine.self_attn, arguments, keywords, output)
 
                 hooks.append(layer.self_attn.register_forward_hook(hook, with_kwargs=True))
         try:
-            base(**inputs, skip_logits=True, use_cache=False)
+            way_into(base, model, sharded)(**inputs, skip_logits=True, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -71,7 +78,9 @@ def alignment_loss(
         flat = reduce(torch.cat([g.flatten() for g in gradients]))
         gradients = [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
     by_layer = torch.stack(sums)
-    return delivered(by_layer.mean(), parameters, gradients), by_layer
+    leaves = [student.get_parameter(name) for student, name in parameters]
+    gradients = [sharded_like(gradient, leaf) for gradient, leaf in zip(gradients, leaves, strict=True)]
+    return delivered(by_layer.mean(), leaves, gradients), by_layer
 
 
 @contextmanager

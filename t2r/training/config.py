@@ -176,6 +176,9 @@ class TrainConfig:
         log_every: steps between log lines.
         seed: of adapters, data order and dropout.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        use_liger_kernel: norms, rotary embedding and SwiGLU as liger-kernel fuses them; unset: where it is installed
+            and there is a GPU.
+        torch_compile: compile the decoder layers; the first steps then take a minute. Not of `align`.
         dtype: of the frozen weights: float32, bfloat16, or auto (bfloat16 on CUDA, with autocast; else float32).
         report_to: trackers that transformers knows (tensorboard, wandb, ...).
     """
@@ -198,5 +201,7 @@ class TrainConfig:
     log_every: int = 10
     seed: int = 0
     gradient_checkpointing: bool = False
+    use_liger_kernel: bool | None = None
+    torch_compile: bool = False
     dtype: str = "auto"
     report_to: list[str] = field(default_factory=list)

@@ -170,9 +170,11 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Flatten rows into one, `[1, total]`, with the bounds of all documents in it and the `rows`' numbers."""
     lengths = torch.tensor([0] + [len(row["input_ids"]) for row in rows]).cumsum(0)
     starts = torch.cat([row["starts"] + offset for row, offset in zip(rows, lengths[:-1], strict=True)])
+    bounds = torch.cat([starts, lengths[-1:]]).to(torch.int32)
     return {
         "input_ids": torch.cat([row["input_ids"] for row in rows])[None],
         "labels": torch.cat([row["labels"] for row in rows])[None],
-        "cu_seqlens": torch.cat([starts, lengths[-1:]]).to(torch.int32),
+        "cu_seqlens": bounds,
+        "max_seqlen": int(bounds.diff().max()),
         "rows": [row["row"] for row in rows],
     }

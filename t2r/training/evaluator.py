@@ -1,10 +1,12 @@
 """Perplexity of student and teacher before, while and after a run goes on, on the same windows."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -12,7 +14,8 @@ from transformers import TrainerCallback
 
 from t2r.evaluation import PerplexityReport, cut_windows, read_text, render, summarise, window_nlls
 from t2r.training.config import EvalConfig
-from t2r.training.teachers import Teacher
+from t2r.training.sharded import is_sharded
+from t2r.training.teachers import Teacher, way_into
 from t2r.training.trainer import T2RTrainer
 
 
@@ -24,7 +27,7 @@ class Evaluator:
         tokenizer: of both.
         model: the student.
         teacher: its teacher.
-        state: only the main process evaluates; the others wait.
+        state: this process among those that share the windows.
 
     Raises:
         ValueError: the text is missing, not UTF-8, or shorter than one window.
@@ -46,48 +49,56 @@ class Evaluator:
 
     def prepare(self) -> None:
         """Evaluate the teacher, if it has not been yet."""
-        if self.state.is_main_process:
-            self._of_teacher()
-        self.state.wait_for_everyone()
+        self._of_teacher()
 
     def at(self, step: int) -> dict:
         """Where the student stands after a step: `step`, and the perplexities of `student` and `teacher`."""
-        if not self.state.is_main_process:
-            self.state.wait_for_everyone()
-            return {}
-        report = summarise(window_nlls(self.model, self.windows), self._of_teacher())
-        found = report.overall
-        figures = {"step": step, "student": found.student, "teacher": found.teacher, "ratio": found.ratio}
-        Console(stderr=True).print(
-            f"step {step} · perplexity {found.student:.2f}, {found.ratio:.3f} × the teacher's", highlight=False
-        )
-        self.state.wait_for_everyone()
-        return figures
+        found = summarise(self._of_student(), self._of_teacher()).overall
+        if self.state.is_main_process:
+            text = f"step {step} · perplexity {found.student:.2f}, {found.ratio:.3f} × the teacher's"
+            Console(stderr=True).print(text, highlight=False)
+        return {"step": step, "student": found.student, "teacher": found.teacher, "ratio": found.ratio}
 
     def _report(self, stage: str) -> dict:
-        if not self.state.is_main_process:
-            self.state.wait_for_everyone()
-            return {}
         reference = self._of_teacher()
-        report = summarise(self._nlls(self.model, f"student, {stage}"), reference)
-        Console().print(render(report, f"Perplexity {stage} the finetune"))
-        self.state.wait_for_everyone()
+        report = summarise(self._of_student(f"student, {stage}"), reference)
+        if self.state.is_main_process:
+            Console().print(render(report, f"Perplexity {stage} the finetune"))
         return {stage: report.as_dict(), f"{stage}_curve": _curve(report)}
+
+    def _of_student(self, label: str | None = None) -> Tensor:
+        return self._nlls(self.model, label)
 
     def _of_teacher(self) -> Tensor:
         if self.teacher_nlls is None:
             with self.teacher.active(self.model) as base:
-                self.teacher_nlls = self._nlls(base, "teacher")
+                self.teacher_nlls = self._nlls(way_into(base, self.model, is_sharded(self.model)), "teacher")
         return self.teacher_nlls
 
-    def _nlls(self, model: torch.nn.Module, label: str) -> Tensor:
+    def _nlls(self, model: torch.nn.Module, label: str | None) -> Tensor:
+        """Of all windows, each process having computed its share."""
+        count, processes = len(self.windows), self.state.num_processes
+        share = -(-count // processes)  # the same for all, since sharded weights need all of them in each pass
+        mine = (torch.arange(share) * processes + self.state.process_index) % count
+        with self._watched(label, share) as progress:
+            nlls = window_nlls(model, self.windows[mine], progress=progress)
+        if processes == 1:
+            return nlls
+        everything = gather(nlls.to(self.state.device)).cpu()  # [processes * share, window - 1]
+        return everything.view(processes, share, -1).transpose(0, 1).flatten(0, 1)[:count]
+
+    @contextmanager
+    def _watched(self, label: str | None, windows: int) -> Iterator[Callable[[int, int], None] | None]:
         console = Console(stderr=True)
-        if not console.is_terminal:
+        if label is None or not self.state.is_main_process:
+            yield None
+        elif not console.is_terminal:
             console.print(f"evaluating {label}: {len(self.windows)} windows", highlight=False)
-            return window_nlls(model, self.windows)
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(f"evaluate {label}", total=len(self.windows))
-            return window_nlls(model, self.windows, progress=lambda done, _: progress.update(task, completed=done))
+            yield None
+        else:
+            with Progress(console=console, transient=True) as progress:
+                task = progress.add_task(f"evaluate {label}", total=windows)
+                yield lambda done, _: progress.update(task, completed=done)
 
 
 class EvaluateEvery(TrainerCallback):

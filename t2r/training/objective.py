@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from t2r.training.config import LossConfig
 
-TOKENS_AT_ONCE = 256
+LOGITS_AT_ONCE = 2**24  # of one model: 64 MiB in fp32
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Loss, summed over tokens, of student logits `[n, vocab]`, targets `[n]` and teacher logits (or None)."""
@@ -85,8 +85,9 @@ def chunked_loss(
     teacher_head = teacher_head or head
     total = states.new_zeros((), dtype=torch.float32)
     gradients = [torch.zeros_like(x) for x in (states, *trained)]
-    for start in range(0, len(states), TOKENS_AT_ONCE):
-        part = slice(start, start + TOKENS_AT_ONCE)
+    at_once = tokens_at_once(head.out_features)
+    for start in range(0, len(states), at_once):
+        part = slice(start, start + at_once)
         with torch.no_grad():
             reference = None if teacher is None else teacher_head(teacher[part]).float()
         with torch.enable_grad():
@@ -98,6 +99,11 @@ def chunked_loss(
             gradient += more
         total += value.detach()
     return delivered(total, [states, *trained], gradients)
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """For how many tokens there are logits at one time."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
 def delivered(value: Tensor, parameters: list[Tensor], gradients: list[Tensor]) -> Tensor:

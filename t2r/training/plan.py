@@ -13,7 +13,7 @@ from t2r.model import LINEAR_ATTENTION, T2RConfig, T2RForCausalLM
 from t2r.training.adapters import add_adapters, select_trained
 from t2r.training.config import StageConfig, TrainConfig
 from t2r.training.documents import is_local, sources_of
-from t2r.training.objective import TOKENS_AT_ONCE
+from t2r.training.objective import tokens_at_once
 from t2r.training.recipe import dtype_of
 from t2r.training.stages import Stage, plan_stages
 from t2r.training.teachers import describe_teacher, needs_separate_teacher
@@ -143,7 +143,7 @@ def _activations(network: T2RConfig, stage: StageConfig, config: TrainConfig, dt
     """Bytes that a forward pass keeps for the backward pass, and that the loss takes beside them."""
     n, half = stage.batch_size * stage.sequence_length, 2 if dtype == "bfloat16" else 4
     layers = [saved_bytes(network, kind, half) for kind in network.layer_types]
-    logits = TOKENS_AT_ONCE * network.vocab_size * 4 * (6 if stage.loss.distill else 4)
+    logits = tokens_at_once(network.vocab_size) * network.vocab_size * 4 * (6 if stage.loss.distill else 4)
     states = n * network.hidden_size * (half + 4) * 2
     if stage.loss.align:
         return n * max(layers), 0

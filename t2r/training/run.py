@@ -18,9 +18,11 @@ from t2r.training.config import TrainConfig
 from t2r.training.data import PackedRows, tokenise
 from t2r.training.evaluator import EvaluateEvery, Evaluator
 from t2r.training.folder import begin_folder, check_folder, is_finished
+from t2r.training.fused import compile_layers, use_liger, wants_liger
 from t2r.training.plan import Plan, plan_run
 from t2r.training.recipe import dtype_of, load_config
 from t2r.training.report import write_report
+from t2r.training.sharded import is_sharded, whole_state
 from t2r.training.stages import Stage, keep_last_checkpoint, last_checkpoint, plan_stages, step_of, where_to_go_on
 from t2r.training.summary import summarise_training
 from t2r.training.teachers import OwnTeacher, SeparateTeacher, Teacher, describe_teacher, needs_separate_teacher
@@ -55,8 +57,6 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     if Path(config.model).is_dir():
         config.model = str(Path(config.model).resolve())  # a merge may be called from another folder
     output, state = Path(config.output), _processes()
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ValueError("runs over sharded weights (FSDP) are not supported yet; use examples/accelerate/ddp.yaml")
     if resume and is_finished(output):
         Console(stderr=True).print(f"{output}: finished already; report: {output / 'report.md'}", highlight=False)
         return read_record(output)
@@ -76,7 +76,13 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         tokens = tokenise(config.data, tokenizer)
     rows = [PackedRows(tokens, stage.config.sequence_length) for stage in stages]
     set_seed(config.seed)
+    liger = wants_liger(config, on_cuda)
     model, teacher = _student_and_teacher(config, dtype, str(state.device))
+    for network in (model, teacher.model) if isinstance(teacher, SeparateTeacher) else (model,):
+        if liger:
+            use_liger(network)
+        if config.torch_compile:
+            compile_layers(network)
 
     evaluator = Evaluator(config.eval, tokenizer, model, teacher, state) if config.eval.text else None
     state.wait_for_everyone()  # before the folder that everyone has checked changes
@@ -104,7 +110,8 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         evaluator.prepare()
         watchers.append(EvaluateEvery(evaluator, config.eval.every, keep))
     record["history"] = _through_stages(model, teacher, config, stages, rows, watchers, bf16, resume, state)
-    model.save_pretrained(output, is_main_process=state.is_main_process)
+    whole = {"state_dict": whole_state(model)} if is_sharded(model) else {}
+    model.save_pretrained(output, is_main_process=state.is_main_process, **whole)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
     record["training"] = summarise_training(config, model, stages, tokens, record["history"], dtype, state.device)
     if evaluator:

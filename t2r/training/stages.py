@@ -8,10 +8,13 @@ from pathlib import Path
 from t2r.training.config import StageConfig, TrainConfig
 from t2r.training.recipe import stages_of
 
-# The Trainer writes the state last.
-CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
-# Of these one is there: adapters, or a whole model in one file or several.
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+# What a whole checkpoint holds: of each line, one. The Trainer writes its state last.
+CHECKPOINT = (
+    ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"),
+    ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest"),  # all but the first of sharded ones
+    ("scheduler.pt",),
+    ("trainer_state.json",),
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,7 @@ def where_to_go_on(stages: list[Stage]) -> tuple[Stage, Path] | tuple[None, None
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; one that a kill has torn is passed over."""
     for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
-        missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
-        missing += [] if any((path / name).is_file() for name in WEIGHTS) else ["weights"]
+        missing = [names[0] for names in CHECKPOINT if not any((path / name).exists() for name in names)]
         if not missing:
             return path
         warnings.warn(f"{path} lacks {', '.join(missing)}; it is passed over", stacklevel=2)

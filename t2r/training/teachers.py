@@ -6,8 +6,10 @@ from typing import Protocol
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from t2r.model import T2RForCausalLM
+from t2r.training.adapters import base_of
 from t2r.training.config import TrainConfig
 
 
@@ -48,6 +50,12 @@ class SeparateTeacher:
         """See `Teacher`."""
         with torch.no_grad(), self.model.softmax_attention():
             yield self.model
+
+
+def way_into(teacher: T2RForCausalLM, student: T2RForCausalLM | PeftModel, sharded: bool) -> nn.Module:
+    """What to call for a teacher's forward pass: the whole student, if it is in there and its weights are sharded
+    (FSDP2), since only the outermost module gathers them all."""
+    return student if sharded and teacher is base_of(student) else teacher
 
 
 def needs_separate_teacher(config: TrainConfig) -> bool:

@@ -18,6 +18,7 @@ from t2r.training.data import IGNORED, PackedRows, collate
 from t2r.training.flops import flops_per_token, peak_flops
 from t2r.training.gates import gate_statistics
 from t2r.training.predict import predicted_loss
+from t2r.training.sharded import set_policy, whole_state
 from t2r.training.stages import Stage
 from t2r.training.teachers import Teacher
 
@@ -54,6 +55,8 @@ class T2RTrainer(Trainer):
         self._gates: dict | None = None  # as they stood in the first forward pass since then
         self._peak = peak_flops(self.args.device)
         self._sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if self._sharded:
+            set_policy(self.accelerator, self.args.bf16)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         for callback in watchers:
@@ -77,17 +80,15 @@ class T2RTrainer(Trainer):
             else:
                 look = gate_statistics(student) if self._gates is None else nullcontext(self._gates)
                 with look as self._gates:
-                    loss = predicted_loss(model, self.teacher, inputs, labels, weights, self._sharded)
+                    loss = predicted_loss(model, student, self.teacher, inputs, labels, weights, self._sharded)
         self._recent.append((self.state.global_step + 1, rows, loss.detach()))
         # `num_items_in_batch` counts the targets of all processes, whose gradients are then averaged.
         loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
     def _align(self, student: T2RForCausalLM | PeftModel, inputs: dict, counted: torch.Tensor) -> torch.Tensor:
-        if self._sharded:
-            raise ValueError("align needs whole weights in each process; use DDP")
         averaged = (lambda x: self.accelerator.reduce(x, "mean")) if self.accelerator.num_processes > 1 else None
-        loss, by_layer = alignment_loss(student, self.teacher, inputs, counted, averaged)
+        loss, by_layer = alignment_loss(student, self.teacher, inputs, counted, averaged, self._sharded)
         before, tokens = self._misaligned or (0.0, 0.0)
         self._misaligned = before + by_layer, tokens + counted.sum()
         return loss
@@ -127,6 +128,13 @@ class T2RTrainer(Trainer):
             "and --resume from the last checkpoint, which is from before"
         )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; of sharded weights, only what a checkpoint holds is gathered."""
+        if not self._sharded:
+            return super().save_model(output_dir, _internal_call)
+        state = whole_state(self.model)
+        return self._save(output_dir, state_dict=state) if self.args.should_save else None
+
     def leave_out(self, seconds: float) -> None:
         """Do not count these seconds as training."""
         if self._clock:
@@ -135,7 +143,9 @@ class T2RTrainer(Trainer):
     def training_step(self, *args, **kwargs):
         """As the Trainer's; the first one starts the clock."""
         self._clock = self._clock or (time.perf_counter(), self.state.global_step)
-        return super().training_step(*args, **kwargs)
+        looked_into = self.stage.config.loss.align or self._gates is None  # compiled layers would pass over hooks
+        with torch.compiler.set_stance("force_eager") if looked_into else nullcontext():
+            return super().training_step(*args, **kwargs)
 
 
 def training_arguments(config: TrainConfig, stage: Stage, bf16: bool) -> TrainingArguments:

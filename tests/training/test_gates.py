@@ -50,7 +50,7 @@ def test_the_teacher_that_passes_by_does_not_count():
     x, found = tokens(1, 64), []
     for weights in (LossConfig(), LossConfig(distill=0.0, cross_entropy=1.0)):
         with gate_statistics(model) as of_pass:
-            predicted_loss(model, OwnTeacher(), {"input_ids": x}, x, weights)
+            predicted_loss(model, model, OwnTeacher(), {"input_ids": x}, x, weights)
         found.append(of_pass)
     assert found[0] == found[1]
     assert len(found[0]["memory_by_layer"]) == 3

@@ -45,7 +45,7 @@ def direct(head, hidden, labels, teacher_hidden, weights):
     ids=["kl", "ce", "both, hot", "reverse", "top 3", "top 4 of reverse, hot"],
 )
 def test_chunked_is_direct(weights, tokens_at_once, head_trains, monkeypatch):
-    monkeypatch.setattr(t2r.training.objective, "TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(t2r.training.objective, "LOGITS_AT_ONCE", tokens_at_once * 11)
     torch.manual_seed(0)
     head = nn.Linear(6, 11).requires_grad_(head_trains)
     hidden = torch.randn(2, 15, 6, requires_grad=True)

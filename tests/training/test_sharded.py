@@ -11,8 +11,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from t2r.training.adapters import add_adapters, base_of, select_trained
+from t2r.training.align import alignment_loss
 from t2r.training.config import LoraConfig, LossConfig, StageConfig
 from t2r.training.predict import predicted_loss
+from t2r.training.sharded import is_sharded, whole_state
 from t2r.training.teachers import OwnTeacher, SeparateTeacher
 from tests.model.tiny import shake, student, tokens
 from tests.model.tiny import teacher as tiny_teacher
@@ -35,14 +37,18 @@ def setting(trains):
     return model, OwnTeacher()
 
 
-def step(model, teacher, rows, sharded):
+def step(model, teacher, rows, sharded, align, reduce=None):
     """Loss and gradients of a batch, each process averaging in its own rows."""
     labels = rows.clone()
     weights = LossConfig(distill=0.7, cross_entropy=0.3)
     losses = []
     for _ in range(2):  # twice, so that what the first pass leaves behind shows
         model.zero_grad()
-        loss = predicted_loss(model, teacher, {"input_ids": rows}, labels, weights, sharded)
+        inputs = {"input_ids": rows}
+        if align:
+            loss, _ = alignment_loss(model, teacher, inputs, rows > 3, reduce, sharded)
+        else:
+            loss = predicted_loss(model, model, teacher, inputs, labels, weights, sharded)
         loss.backward()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -50,7 +56,12 @@ def step(model, teacher, rows, sharded):
     return losses[0], {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
-def worker(rank, port, trains, folder):
+def mean(x):
+    dist.all_reduce(x)
+    return x / 2
+
+
+def worker(rank, port, trains, align, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
     model, teacher = setting(trains)
@@ -59,24 +70,30 @@ def worker(rank, port, trains, folder):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    loss, gradients = step(model, teacher, tokens(2, 30)[rank : rank + 1], sharded=True)
+    loss, gradients = step(model, teacher, tokens(2, 30)[rank : rank + 1], True, align, mean)
+    assert is_sharded(model)
+    state = whole_state(model)
     if rank == 0:
-        torch.save((loss, gradients), folder / "sharded.pt")
+        torch.save((loss, gradients, state), folder / "sharded.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo")
+@pytest.mark.parametrize("align", [False, True], ids=["predict", "align"])
 @pytest.mark.parametrize("trains", ["lora", "full"])
-def test_sharded_is_whole(trains, tmp_path):
+def test_sharded_is_whole(trains, align, tmp_path):
     import socket
 
     with socket.socket() as s:
         s.bind(("", 0))
         port = s.getsockname()[1]
-    mp.start_processes(worker, (port, trains, tmp_path), nprocs=2, start_method="spawn")
-    loss, gradients = torch.load(tmp_path / "sharded.pt")
+    mp.start_processes(worker, (port, trains, align, tmp_path), nprocs=2, start_method="spawn")
+    loss, gradients, state = torch.load(tmp_path / "sharded.pt")
     model, teacher = setting(trains)
-    parts = [step(model, teacher, tokens(2, 30)[i : i + 1], sharded=False) for i in range(2)]
+    own = model.state_dict()
+    assert set(state) == {name for name in own if trains == "full" or "lora_" in name or "modules_to_save" in name}
+    assert all(torch.equal(value, own[name]) for name, value in state.items())
+    parts = [step(model, teacher, tokens(2, 30)[i : i + 1], False, align) for i in range(2)]
     assert loss == pytest.approx(parts[0][0], rel=1e-4)
     assert gradients.keys() == parts[0][1].keys()
     for name, gradient in gradients.items():  # FSDP averages over processes
