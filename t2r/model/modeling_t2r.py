@@ -49,6 +49,17 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
 
 
+class LanguageModelHead(nn.Linear):
+    """Hidden states to logits."""
+
+    def forward(self, hidden_states: Tensor, loss: Callable[[nn.Linear, Tensor], Tensor] | None = None) -> Tensor:
+        """`[..., hidden]` to `[..., vocab]`; or what `loss` makes of this head and the hidden states.
+
+        That is computed in here since here alone sharded weights are sure to be at hand.
+        """
+        return super().forward(hidden_states) if loss is None else loss(self, hidden_states)
+
+
 class T2RAttention(nn.Module):
     """One attention layer: the source's projections, read by Gated Slot Attention or by softmax attention.
 
@@ -303,7 +314,7 @@ class T2RForCausalLM(T2RPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = T2RModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -318,7 +329,7 @@ class T2RForCausalLM(T2RPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
-        loss_from_hidden: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        loss_from_hidden: Callable[[nn.Linear, Tensor], Tensor] | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Predict next tokens. Arguments as `T2RModel.forward`, and:
@@ -328,7 +339,7 @@ class T2RForCausalLM(T2RPreTrainedModel, GenerationMixin):
             logits_to_keep: logits of this many last positions only (0 for all), or of the positions named.
             skip_logits: compute no logits; `hidden_states` then holds the last hidden state alone.
             loss_from_hidden: computes `loss` from the head and the last hidden states, in place of logits: for losses
-                that go through the vocabulary in pieces, here, where sharded weights are at hand.
+                that go through the vocabulary in pieces. It takes the head's weight, and does not call it.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -341,7 +352,7 @@ class T2RForCausalLM(T2RPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state  # [B, T, hidden]
         if loss_from_hidden is not None:
-            loss = loss_from_hidden(self.lm_head, hidden_states)
+            loss = self.lm_head(hidden_states, loss_from_hidden)
             return CausalLMOutputWithPast(loss=loss, past_key_values=outputs.past_key_values)
         if skip_logits:
             return CausalLMOutputWithPast(past_key_values=outputs.past_key_values, hidden_states=(hidden_states,))

@@ -1,11 +1,16 @@
 """Softmax attention of packed documents, each by itself, where torch has flash attention for it."""
 
+from inspect import signature
+
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from .configuration_t2r import T2RConfig
 from .positions import Positions
+
+# Torch 2.11 takes fewer key/value heads as they come, later versions when told to.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def attends_by_document(x: Tensor, positions: Positions, config: T2RConfig) -> bool:
@@ -43,7 +48,7 @@ def attend_by_document(q: Tensor, k: Tensor, v: Tensor, positions: Positions, wi
     q, k, v = (x[0].to(_compute_dtype(x)) for x in (q, k, v))
     bounds, longest = positions.cu_seqlens, positions.longest
     left = -1 if window is None else window - 1
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(left, 0), enable_gqa=True)[None]
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(left, 0), **GROUPED)[None]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -33,6 +33,8 @@ def _forward(self: LoraLinear, x: Tensor) -> Tensor:
         return base(x)
     (name,) = self.active_adapters
     A, B = self.lora_A[name].weight, self.lora_B[name].weight
+    if hasattr(A, "ds_id"):  # DeepSpeed ZeRO-3 gathers weights when their module is called
+        return LoraLinear.forward(self, x)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     with torch.autocast(x.device.type, enabled=False):
         return _Lora.apply(x.to(dtype), base.weight.to(dtype), base.bias, A, B, self.scaling[name])

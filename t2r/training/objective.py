@@ -55,12 +55,12 @@ def _lumped(log_p: Tensor, kept: Tensor) -> Tensor:
 
 
 def chunked_loss(
-    head: nn.Module,
+    head: nn.Linear,
     hidden: Tensor,
     labels: Tensor,
     teacher_hidden: Tensor | None,
     loss: TokenLoss,
-    teacher_head: nn.Module | None = None,
+    teacher_head: nn.Linear | None = None,
 ) -> Tensor:
     """Sum of a loss over all positions with a target, without ever holding the logits of all of them.
 
@@ -89,16 +89,21 @@ def chunked_loss(
     for start in range(0, len(states), at_once):
         part = slice(start, start + at_once)
         with torch.no_grad():
-            reference = None if teacher is None else teacher_head(teacher[part]).float()
+            reference = None if teacher is None else _logits(teacher_head, teacher[part])
         with torch.enable_grad():
             chunk = states[part].detach().requires_grad_()
-            value = loss(head(chunk).float(), targets[part], reference)
+            value = loss(_logits(head, chunk), targets[part], reference)
         by_state, *by_parameter = torch.autograd.grad(value, [chunk, *trained])
         gradients[0][part] = by_state
         for gradient, more in zip(gradients[1:], by_parameter, strict=True):
             gradient += more
         total += value.detach()
     return delivered(total, [states, *trained], gradients)
+
+
+def _logits(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """In fp32. The head is not called: hooks that shard weights would take this for a forward pass of its own."""
+    return F.linear(hidden, head.weight, head.bias).float()
 
 
 def tokens_at_once(vocabulary: int) -> int:

@@ -41,7 +41,7 @@ def predicted_loss(
             hidden = way_into(base, student, sharded)(**inputs, skip_logits=True, use_cache=False).hidden_states[0]
         reference = hidden, None if base is base_of(student) else base.lm_head
 
-    def loss(head: nn.Module, hidden: Tensor) -> Tensor:
+    def loss(head: nn.Linear, hidden: Tensor) -> Tensor:
         teacher_hidden, teacher_head = reference or (None, None)
         return chunked_loss(head, hidden, labels, teacher_hidden, per_token, teacher_head)
 

@@ -23,7 +23,15 @@ from t2r.training.plan import Plan, plan_run
 from t2r.training.recipe import dtype_of, load_config
 from t2r.training.report import write_report
 from t2r.training.sharded import is_sharded, whole_state
-from t2r.training.stages import Stage, keep_last_checkpoint, last_checkpoint, plan_stages, step_of, where_to_go_on
+from t2r.training.stages import (
+    Stage,
+    check_checkpoint,
+    keep_last_checkpoint,
+    last_checkpoint,
+    plan_stages,
+    step_of,
+    where_to_go_on,
+)
 from t2r.training.summary import summarise_training
 from t2r.training.teachers import OwnTeacher, SeparateTeacher, Teacher, describe_teacher, needs_separate_teacher
 from t2r.training.trainer import T2RTrainer, training_arguments
@@ -199,6 +207,8 @@ def _train(
 ) -> list[dict]:
     """Take the model through a stage; returns its part of the record's history."""
     trainer = T2RTrainer(model, teacher, stage, rows, args, watchers)
+    if checkpoint:
+        check_checkpoint(checkpoint, stage, sharded=trainer.sharded)
     for watcher in watchers:
         watcher.begin(trainer)
     with StopOnSigterm(trainer.accelerator) as stop:

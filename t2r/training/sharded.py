@@ -9,6 +9,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from t2r.model import T2RForCausalLM
+from t2r.training.adapters import base_of
+
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model's weights are sharded by now."""
@@ -49,8 +52,8 @@ def sharded_like(whole: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def set_policy(accelerator: Accelerator, bf16: bool) -> None:
-    """How sharded weights are to be gathered: in bf16 for bf16, with gradients summed in fp32.
+def set_policy(accelerator: Accelerator, model: T2RForCausalLM | PeftModel, bf16: bool) -> None:
+    """How weights are to be sharded: by layers, gathered in bf16 for bf16, with gradients summed in fp32.
 
     Raises:
         ValueError: FSDP's first version was asked for.
@@ -60,6 +63,7 @@ def set_policy(accelerator: Accelerator, bf16: bool) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError("FSDP 1 is not supported; set fsdp_version: 2, as in examples/accelerate/fsdp2.yaml")
+    plugin.transformer_cls_names_to_wrap = [type(base_of(model).model.layers[0]).__name__]  # sharding changes it
     # The loss leaves the model in fp32; accelerate's own policy would round it to bf16.
     dtype = torch.bfloat16 if bf16 else None
     plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

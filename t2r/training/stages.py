@@ -1,5 +1,6 @@
 """The stages of a run: how long each is, where its checkpoints are, and where an interrupted run goes on."""
 
+import json
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -70,6 +71,26 @@ def last_checkpoint(folder: Path) -> Path | None:
             return path
         warnings.warn(f"{path} lacks {', '.join(missing)}; it is passed over", stacklevel=2)
     return None
+
+
+def check_checkpoint(checkpoint: Path, stage: Stage, *, sharded: bool) -> None:
+    """Refuse a checkpoint that the processes at hand cannot take up; warn if they go on in other steps.
+
+    Raises:
+        ValueError: its weights were sharded and these are not, or the other way round.
+    """
+    if (checkpoint / "optimizer.pt").is_file() == sharded:
+        raise ValueError(
+            f"{checkpoint} was saved {'without' if sharded else 'with'} sharded weights (FSDP); resume it likewise"
+        )
+    log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    before = next((entry["tokens"] // entry["step"] for entry in reversed(log) if "tokens" in entry), None)
+    if before and before != stage.tokens_per_step:
+        warnings.warn(
+            f"{checkpoint} comes from steps of {before:,} tokens, and these have {stage.tokens_per_step:,}: it goes on "
+            "elsewhere in the data; with batch_size or gradient_accumulation steps become what they were",
+            stacklevel=2,
+        )
 
 
 def step_of(checkpoint: Path) -> int:

@@ -54,9 +54,12 @@ class T2RTrainer(Trainer):
         self._misaligned: tuple[torch.Tensor, torch.Tensor] | None = None  # per-layer errors and tokens since then
         self._gates: dict | None = None  # as they stood in the first forward pass since then
         self._peak = peak_flops(self.args.device)
-        self._sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        if self._sharded:
-            set_policy(self.accelerator, self.args.bf16)
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if stage.config.loss.align and deepspeed and deepspeed.zero_stage == 3:
+            raise ValueError("align does not work under DeepSpeed ZeRO-3; use FSDP2 (examples/accelerate/fsdp2.yaml)")
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded:
+            set_policy(self.accelerator, model, self.args.bf16)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         for callback in watchers:
@@ -80,7 +83,7 @@ class T2RTrainer(Trainer):
             else:
                 look = gate_statistics(student) if self._gates is None else nullcontext(self._gates)
                 with look as self._gates:
-                    loss = predicted_loss(model, student, self.teacher, inputs, labels, weights, self._sharded)
+                    loss = predicted_loss(model, student, self.teacher, inputs, labels, weights, self.sharded)
         self._recent.append((self.state.global_step + 1, rows, loss.detach()))
         # `num_items_in_batch` counts the targets of all processes, whose gradients are then averaged.
         loss = loss / num_items_in_batch * self.accelerator.num_processes
@@ -88,7 +91,7 @@ class T2RTrainer(Trainer):
 
     def _align(self, student: T2RForCausalLM | PeftModel, inputs: dict, counted: torch.Tensor) -> torch.Tensor:
         averaged = (lambda x: self.accelerator.reduce(x, "mean")) if self.accelerator.num_processes > 1 else None
-        loss, by_layer = alignment_loss(student, self.teacher, inputs, counted, averaged, self._sharded)
+        loss, by_layer = alignment_loss(student, self.teacher, inputs, counted, averaged, self.sharded)
         before, tokens = self._misaligned or (0.0, 0.0)
         self._misaligned = before + by_layer, tokens + counted.sum()
         return loss
@@ -114,7 +117,7 @@ class T2RTrainer(Trainer):
             if self._gates:
                 logs |= {f"gates/{name}": self._gates[name] for name in ("mean", "saturated", "memory")}
             if self._misaligned:
-                errors, tokens = self._misaligned
+                errors, tokens = (self.accelerator.reduce(x, "sum") for x in self._misaligned)
                 logs |= {f"alignment/{i}": x for i, x in enumerate((errors / tokens).tolist())}
             self._clock, self._recent, self._misaligned, self._gates = (now, step), [], None, None
         super().log(logs, start_time)
@@ -130,7 +133,7 @@ class T2RTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; of sharded weights, only what a checkpoint holds is gathered."""
-        if not self._sharded:
+        if not self.sharded:
             return super().save_model(output_dir, _internal_call)
         state = whole_state(self.model)
         return self._save(output_dir, state_dict=state) if self.args.should_save else None
@@ -151,7 +154,7 @@ class T2RTrainer(Trainer):
 def training_arguments(config: TrainConfig, stage: Stage, bf16: bool) -> TrainingArguments:
     """The Trainer's own arguments for a stage; `bf16` for autocast."""
     optim, align = stage.config.optim, bool(stage.config.loss.align)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(stage.folder),
         max_steps=stage.steps,
         per_device_train_batch_size=stage.config.batch_size,
@@ -175,3 +178,6 @@ def training_arguments(config: TrainConfig, stage: Stage, bf16: bool) -> Trainin
         # Alignment keeps one layer's activations at a time as it is. (Newer versions rename the argument.)
         **({"gradient_checkpointing": True} if config.gradient_checkpointing and not align else {}),
     )
+    if arguments.n_gpu > 1:  # one process that sees several GPUs: the Trainer would copy the model to all of them
+        arguments._n_gpu = 1
+    return arguments

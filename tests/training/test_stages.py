@@ -146,12 +146,6 @@ def test_sigterm_behind_the_last_step_of_a_stage_is_not_lost(config, tmp_path, m
     assert not (tmp_path / "run" / "2-distill").exists()
 
 
-def test_sharded_runs_are_refused(config, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"FSDP.* not supported yet"):
-        run(config)
-
-
 def test_two_processes_are_one_with_their_batches(config, tmp_path):
     options = ["lora.dropout=0", "stages.2.batch_size=2", "stages.1.tokens=512", "stages.2.steps=3"]
     alone = run(config, ["gradient_accumulation=4", f"output={tmp_path / 'alone'}", *options])

@@ -56,18 +56,35 @@ def workspace(folder: Path, **overrides) -> Path:
     return folder / "config.yaml"
 
 
-def run_on_two_processes(config: Path, *overrides: str) -> dict:
-    """The record of a run by two processes that talk through gloo."""
+def run_on_two_processes(
+    config: Path, *overrides: str, resume=False, sharded=False, dies_after: int | None = None
+) -> dict | None:
+    """The record of a run by two processes that talk through gloo, over which weights may be sharded (FSDP2); or
+    None of one whose processes die after so many forward passes each."""
     # On a machine without GPUs, `--multi_gpu` starts processes on its CPUs.
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    module = "tests.training.fsdp_on_cpus" if sharded or dies_after is not None else "t2r.train"
+    env = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    env |= fsdp_environment() if sharded else {}
+    env |= {} if dies_after is None else {"DIES_AFTER": str(dies_after)}
     done = subprocess.run(
-        [sys.executable, "-m", *launch, "-m", "t2r.train", str(config), *overrides],
+        [sys.executable, "-m", *launch, "-m", module, str(config), *overrides, *(["--resume"] if resume else [])],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env=os.environ | env,
     )
+    if dies_after is not None:
+        assert done.returncode != 0
+        return None
     assert done.returncode == 0, done.stderr
     return json.loads((Path(tiny_config(config.parent, *overrides).output) / "t2r_record.json").read_text())
+
+
+def fsdp_environment() -> dict[str, str]:
+    """What `accelerate launch` sets for examples/accelerate/fsdp2.yaml."""
+    path = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp2.yaml"
+    settings = yaml.safe_load(path.read_text())["fsdp_config"]
+    return {"ACCELERATE_USE_FSDP": "true"} | {key.upper(): str(value) for key, value in settings.items()}
 
 
 def tiny_config(folder: Path, *overrides: str) -> TrainConfig:
