@@ -125,7 +125,8 @@ def measure(who: str, kind: str, length: int, work: Path, steps: int) -> dict:
 
 def in_a_process(*words: str, gpus: int = 1) -> dict:
     """`measure` in a process of its own, or in one for each of several GPUs, over which the weights are sharded."""
-    launch, visible = [], ",".join(map(str, range(gpus)))
+    launch, seen = [], os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    visible = ",".join(seen.split(",")[:gpus])
     if gpus > 1:
         launch = ["accelerate.commands.launch", "--config_file", SHARDED, "--num_processes", gpus, "-m"]
     command = [sys.executable, "-m", *map(str, launch), "benchmarks.training", "--one", *words]
