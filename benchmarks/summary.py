@@ -10,9 +10,9 @@ from rich.table import Table
 HERE = Path(__file__).parent
 
 
-def judge(value: float, target: dict) -> str:
-    """ "aim", "required" or "missed": the best that a figure reaches; "" without a target."""
-    sign = -1 if target.get("more") else 1
+def judge(row: dict, target: dict) -> str:
+    """ "aim", "required" or "missed": the best that a row's figure reaches; "" without a target."""
+    value, sign = row["ours"] / row.get(target.get("of"), 1), -1 if target.get("more") else 1
     for level in ("aim", "required"):
         if level in target and sign * value <= sign * target[level]:
             return level
@@ -23,7 +23,7 @@ def main() -> None:
     """Print every row of `benchmarks/results/`."""
     targets = tomllib.loads((HERE / "targets.toml").read_text(encoding="utf-8"))
     console = Console()
-    console.width = max(console.width, 110)
+    console.width = max(console.width, 120)
     for path in sorted((HERE / "results").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         wanted = targets.get(content["benchmark"], {})
@@ -35,8 +35,8 @@ def main() -> None:
         for row in content["rows"]:
             target = wanted.get(row["name"], {})
             numbers = [row.get(peer) for peer in peers] + [target.get("required"), target.get("aim")]
-            cells = ("" if x is None else f"{x:,.4g}" for x in numbers)
-            table.add_row(row["name"], row["unit"], *cells, judge(row["ours"], target))
+            cells = ("" if x is None else f"{x:,.0f}" if x >= 1000 else f"{x:.4g}" for x in numbers)
+            table.add_row(row["name"], row["unit"], *cells, judge(row, target))
         console.print(table)
 
 

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.training --work DIR` makes the checkpoint, measures each kind of training in a process of its own
 and writes `training.json`. `--layers 4` tries it out on a model of four layers; `--only finetune/2048` measures that.
-The columns are t2r as it is, the softmax model, and both with the other's choice about liger-kernel, where installed.
+Beside t2r (`ours`) and the softmax model stand t2r without liger-kernel and the softmax model with it, if it is there.
 """
 
 import argparse
@@ -37,7 +37,7 @@ ROWS = {
 }
 
 
-PEERS = ("ours_without_liger", "softmax", "softmax_with_liger")
+PEERS = ("ours_plain", "softmax", "softmax_liger")
 
 
 class Clock(TrainerCallback):
@@ -99,10 +99,10 @@ def trainer_of(who: str, kind: str, length: int, work: Path, steps: int) -> Trai
     dtype = "bfloat16" if on_cuda else "float32"
     if who.startswith("ours"):
         model = add_adapters(load_model(work / "converted", dtype=dtype, device=str(args.device)), config.lora)
-        if wants_liger(config, on_cuda) and who != "ours_without_liger":
+        if wants_liger(config, on_cuda) and who != "ours_plain":
             use_liger(model)
         return T2RTrainer(model, OwnTeacher(), stage, rows, args)
-    args.use_liger_kernel = who == "softmax_with_liger"
+    args.use_liger_kernel = who == "softmax_liger"
     model = AutoModelForCausalLM.from_pretrained(work / "source", dtype=dtype, device_map=args.device)
     lora = config.lora
     options = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": list(lora.targets), "task_type": "CAUSAL_LM"}
@@ -177,12 +177,16 @@ def main() -> None:
         kind, length = ROWS[name]
         found = {who: speed(who, kind if "ours" in who else "finetune", length) for who in ("ours", *peers)}
         rows.append({"name": name, "unit": "tokens/s"} | {who: x["tokens_per_second"] for who, x in found.items()})
-        if kind == "distill":
-            peaks = {who: x["peak_gib"] for who, x in found.items() if "ours" in who}
-            rows.append({"name": "distill_peak_gib", "unit": "GiB"} | peaks)
+        if length == 2048:
+            peaks = {who: x["peak_gib"] for who, x in found.items() if "ours" in who or kind == "finetune"}
+            rows.append({"name": f"{kind}_peak_gib", "unit": "GiB"} | peaks)
     if "two_gpus" in wanted:
-        two, one = (speed("ours", "finetune", 2048, gpus)["tokens_per_second"] for gpus in (2, 1))
-        rows.append({"name": "two_gpus", "unit": "tokens/s", "ours": two, "one": one})
+        two, one = (speed("ours", "finetune", 2048, gpus) for gpus in (2, 1))
+        for name, unit, key in (
+            ("two_gpus", "tokens/s", "tokens_per_second"),
+            ("two_gpus_peak_gib", "GiB", "peak_gib"),
+        ):
+            rows.append({"name": name, "unit": unit, "ours": two[key], "one": one[key]})
     columns = ("ours", *PEERS, "one")
     table = Table("row", "unit", *columns)
     for row in rows:

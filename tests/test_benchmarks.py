@@ -12,9 +12,10 @@ def test_judgement():
     from benchmarks import summary
 
     target = {"required": 2.0, "aim": 1.0}
-    assert [summary.judge(x, target) for x in (0.9, 1.5, 2.1)] == ["aim", "required", "missed"]
-    assert summary.judge(3.0, {"required": 2.0, "more": True}) == "required"
-    assert summary.judge(3.0, {}) == ""
+    assert [summary.judge({"ours": x}, target) for x in (0.9, 1.5, 2.1)] == ["aim", "required", "missed"]
+    assert summary.judge({"ours": 3.0}, {"required": 2.0, "more": True}) == "required"
+    assert summary.judge({"ours": 3.0, "peer": 2.0}, {"required": 1.6, "of": "peer", "more": True}) == "missed"
+    assert summary.judge({"ours": 3.0}, {}) == ""
 
 
 def test_every_target_is_of_a_measured_row(capsys):

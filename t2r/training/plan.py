@@ -1,5 +1,6 @@
 """What a run would do, without doing it: `t2r train --dry-run`."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from t2r.model import LINEAR_ATTENTION, T2RConfig, T2RForCausalLM
 from t2r.training.adapters import add_adapters, select_trained
 from t2r.training.config import StageConfig, TrainConfig
 from t2r.training.documents import is_local, sources_of
+from t2r.training.flops import matrix_parameters
+from t2r.training.fused import wants_liger
 from t2r.training.objective import tokens_at_once
 from t2r.training.recipe import dtype_of
 from t2r.training.stages import Stage, plan_stages
@@ -84,19 +87,21 @@ class Plan:
         }
 
 
-def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = None) -> Plan:
+def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = None, sharded: bool | None = None) -> Plan:
     """Plan a run from its recipe and the model's configuration; no weight is loaded and no data read.
 
     Args:
         config: from `load_config`.
         processes: how many will train.
         on_cuda: whether they have GPUs; None for as here.
+        sharded: whether weights are sharded over them (FSDP2); None for as accelerate was launched.
 
     Raises:
         ValueError: there is no such model, it is not converted, or a LoRA target does not exist.
     """
     on_cuda = torch.cuda.is_available() if on_cuda is None else on_cuda
-    dtype = dtype_of(config, on_cuda)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" if sharded is None else sharded
+    dtype, liger = dtype_of(config, on_cuda), wants_liger(config, on_cuda)
     network = _configuration(config.model)
     with torch.device("meta"):
         model = T2RForCausalLM(network)
@@ -113,13 +118,15 @@ def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = Non
         half = 2 if dtype == "bfloat16" else 4
         # Autocast keeps copies of fp32 weights for the length of a pass; DDP copies gradients to buckets.
         each = TRAINED_BYTES + (2 if half == 2 and stage.config.trains == "full" else 0) + (4 if processes > 1 else 0)
-        activations, loss = _activations(network, stage.config, config, dtype)
+        activations, loss = _activations(network, stage.config, config, dtype, liger)
         memory = {
             "frozen weights": (own if needs_separate_teacher(config) else frozen) * half,
             "trained": (trainable - trained) * 4 + trained * each,
             "activations": activations,
             "loss": loss,
         }
+        if sharded:
+            memory = _sharded(memory, network, processes, half)
         stages.append(StagePlan(stage, trained, memory))
     # A checkpoint holds adapters and optimizer; one of each earlier stage stays, and one is written beside the others.
     largest = max(plan.trained_parameters for plan in stages)
@@ -139,10 +146,26 @@ def _configuration(source: str) -> T2RConfig:
     return network
 
 
-def _activations(network: T2RConfig, stage: StageConfig, config: TrainConfig, dtype: str) -> tuple[int, int]:
+def _sharded(memory: dict[str, int], network: T2RConfig, processes: int, half: int) -> dict[str, int]:
+    """What becomes of a stage's memory when weights, gradients and optimizer are sharded.
+
+    Two layers and the head are gathered at a time. Before that, each process holds the whole model beside its shards,
+    and it may be then that memory peaks.
+    """
+    whole = memory["frozen weights"]
+    attention, mlp, head = matrix_parameters(network)
+    parts = memory | {name: memory[name] // processes for name in ("frozen weights", "trained")}
+    parts["gathered"] = half * (2 * (attention + mlp) // len(network.layer_types) + 2 * head)
+    parts["sharding"] = max(0, whole + parts["frozen weights"] + parts["trained"] - sum(parts.values()))
+    return parts
+
+
+def _activations(
+    network: T2RConfig, stage: StageConfig, config: TrainConfig, dtype: str, liger: bool
+) -> tuple[int, int]:
     """Bytes that a forward pass keeps for the backward pass, and that the loss takes beside them."""
     n, half = stage.batch_size * stage.sequence_length, 2 if dtype == "bfloat16" else 4
-    layers = [saved_bytes(network, kind, half) for kind in network.layer_types]
+    layers = [saved_bytes(network, kind, half, liger) for kind in network.layer_types]
     logits = tokens_at_once(network.vocab_size) * network.vocab_size * 4 * (6 if stage.loss.distill else 4)
     states = n * network.hidden_size * (half + 4) * 2
     if stage.loss.align:
@@ -152,30 +175,30 @@ def _activations(network: T2RConfig, stage: StageConfig, config: TrainConfig, dt
     return n * sum(layers), logits + states
 
 
-def saved_bytes(network: T2RConfig, kind: str, half: int) -> int:
+def saved_bytes(network: T2RConfig, kind: str, half: int, liger: bool = False) -> int:
     """Bytes a token that one decoder layer keeps for the backward pass, with adapters on all its projections.
 
     Args:
         network: the model's configuration.
         kind: the layer's type.
         half: bytes of a number in the dtype that the layers compute in.
+        liger: whether liger-kernel computes norms and SwiGLU.
     """
     hidden, inner = network.hidden_size, network.intermediate_size
     queries = network.num_attention_heads * network.head_dim
     keys = network.num_key_value_heads * network.head_dim
-    norms = 2 * hidden * 4  # they compute in fp32
+    norms = 2 * hidden * (half if liger else 4)  # by themselves they compute in fp32
     attention = half * (hidden + 2 * queries + 2 * keys)  # projections' input, q, k, v, and o_proj's input
     if kind == LINEAR_ATTENTION:
         attention += half * network.num_key_value_heads * network.num_slots
-        attention += 4 * hidden if half < 4 else 0  # the gates' projection reads fp32
-    mlp = half * (hidden + 4 * inner)  # input, gate, its SiLU, up, and down_proj's input
+    mlp = half * (hidden + (3 if liger else 4) * inner)  # input, gate, its SiLU, up, and down_proj's input
     return norms + attention + mlp
 
 
 def render(plan: Plan) -> Group:
     """The plan as tables."""
     stages = Table("stage", "steps", "tokens", "a step", "sequence", "trains", "parameters", title="Stages")
-    memory = Table("stage", *(plan.stages[0].memory), "in all", title=f"Memory a process, estimated ({plan.dtype})")
+    memory = Table("stage", *plan.stages[0].memory, "in all", title=f"Memory a process, estimated ({plan.dtype})")
     for item in plan.stages:
         stage = item.stage
         stages.add_row(

@@ -1,16 +1,18 @@
 """What a run would take, beside what it takes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import t2r.training.plan
 from t2r.cli.main import app
 from t2r.model import T2RConfig, T2RForCausalLM
 from t2r.training import load_config, plan_run, run
 from t2r.training.adapters import add_adapters, select_trained
-from t2r.training.config import LoraConfig, StageConfig
+from t2r.training.config import DataConfig, LoraConfig, StageConfig, TrainConfig
 from t2r.training.plan import saved_bytes
 from tests.training.tiny import workspace
 
@@ -92,3 +94,30 @@ def test_a_model_that_is_not_converted(config, tmp_path):
     teacher().save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="a llama model; convert it first"):
         plan_run(load_config(config, [f"model={tmp_path / 'plain'}"]))
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "stage", "settings"),
+    [
+        ("finetune_peak_gib", "ours", "finetune", {}),
+        ("finetune_peak_gib", "ours_plain", "finetune", {}),
+        ("distill_peak_gib", "ours", "distill", {}),
+        ("distill_peak_gib", "ours_plain", "distill", {}),
+        ("align_peak_gib", "ours", "align", {}),
+        ("two_gpus_peak_gib", "ours", "finetune", {"processes": 2, "sharded": True}),
+    ],
+)
+def test_the_estimate_is_near_what_was_measured(row, column, stage, settings, tmp_path, monkeypatch):
+    """A model of Mistral-7B's shape on an H200; see benchmarks/training.py."""
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "training.json"
+    measured = next(x for x in json.loads(results.read_text())["rows"] if x["name"] == row)[column] * 2**30
+    monkeypatch.setattr(t2r.training.plan, "wants_liger", lambda *_: column == "ours")
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_slots": 64}
+    T2RConfig(**shape | heads).save_pretrained(tmp_path / "model")
+    config = TrainConfig(
+        model=str(tmp_path / "model"), output="run", batch_size=8, gradient_checkpointing=True,
+        data=DataConfig(files=["none.txt"], sequence_length=2048), stages=[{"stage": stage, "steps": 8}],
+    )  # fmt: skip
+    (plan,) = plan_run(config, on_cuda=True, **settings).stages
+    assert sum(plan.memory.values()) == pytest.approx(measured, rel=0.2)
