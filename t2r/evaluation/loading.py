@@ -1,5 +1,6 @@
 """Models and tokenizers from wherever they are: a folder, a Hub id, or a GGUF file."""
 
+import logging
 import struct
 from pathlib import Path
 
@@ -7,7 +8,13 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import t2r.model  # noqa: F401, for transformers to know the model type
 
@@ -25,9 +32,12 @@ UNLOADABLE = (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+UNQUANTISED = ["lm_head", "f_proj"]  # losses multiply by the head's weight themselves; softmax attention has no gates
 
 
-def load_model(source: str | Path, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+def load_model(
+    source: str | Path, *, dtype: str = "auto", device: str = "auto", bits: int | None = None
+) -> PreTrainedModel:
     """A causal language model in eval mode: T2R or any that transformers knows.
 
     Args:
@@ -35,6 +45,8 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str = "auto")
         dtype: "float32", "bfloat16", "float16", "own" (the checkpoint's), or "auto": the checkpoint's own on CUDA,
             float32 on the CPU.
         device: a torch device, or "auto": CUDA if there is one, else the CPU.
+        bits: 8 or 4, of the decoder layers' projections, through bitsandbytes, which must be installed; None for
+            `dtype`, as all else is.
 
     Raises:
         ValueError: there is no such model, its weights are incomplete or damaged, or an argument is unknown.
@@ -42,9 +54,10 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str = "auto")
     torch_device = resolve_device(device)
     torch_dtype = _resolve_dtype(dtype, torch_device)
     location, options = locate(source)
+    quantised = {"quantization_config": _quantisation(bits, dtype)} if bits is not None else {}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            location, dtype=torch_dtype, device_map=torch_device, output_loading_info=True, **options
+            location, dtype=torch_dtype, device_map=torch_device, output_loading_info=True, **options, **quantised
         )
     except UNLOADABLE as error:
         raise ValueError(f"{source}: the model cannot be loaded: {error}") from error
@@ -117,6 +130,21 @@ def _resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is unknown; use one of {', '.join(['auto', 'own', *DTYPES])}")
     return DTYPES[name]
+
+
+def _quantisation(bits: int, dtype: str) -> BitsAndBytesConfig:
+    if bits not in (8, 4):
+        raise ValueError(f"bits must be 8 or 4, or None, got {bits}")
+    # With 8 bits it logs a cast to float16: of every layer, in every pass.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return BitsAndBytesConfig(
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES.get(dtype),  # float32 where `dtype` names none
+        llm_int8_skip_modules=UNQUANTISED,
+    )
 
 
 def _check_folder(folder: Path) -> None:

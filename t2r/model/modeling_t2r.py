@@ -204,7 +204,7 @@ class T2RPreTrainedModel(PreTrainedModel):
 
         The projections are the student's own: with adapters off and the base frozen, this is the teacher.
         """
-        converted = [m for m in self.modules() if isinstance(m, T2RAttention) and m.kind == LINEAR_ATTENTION]
+        converted = [m.self_attn for m in self.base_model.layers if m.self_attn.kind == LINEAR_ATTENTION]
         for attention in converted:
             attention.kind = self.config.softmax_type
         try:

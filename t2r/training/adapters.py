@@ -1,7 +1,12 @@
 """What trains: LoRA on the source's projections and in full the parameters that conversion added, or everything."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import peft
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from t2r.model import LINEAR_ATTENTION, T2RConfig, T2RForCausalLM, new_parameters
@@ -57,6 +62,28 @@ def add_adapters(model: T2RForCausalLM, lora: LoraConfig) -> PeftModel:
 def base_of(model: T2RForCausalLM | PeftModel) -> T2RForCausalLM:
     """The model itself, whether adapters are around it or not."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def adapters_in(module: nn.Module) -> list[nn.Module]:
+    """All adapters in a module, and wrappers of what trains in full beside them."""
+    return [part for part in module.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+@contextmanager
+def switched(adapters: list[nn.Module], on: bool) -> Iterator[None]:
+    """Within the context, adapters are on or off.
+
+    PEFT's own context looks through the whole model several times over and changes what trains, which takes longer
+    than the forward pass of a small model.
+    """
+    before = [part._disable_adapters for part in adapters]
+    try:
+        for part in adapters:
+            part._disable_adapters = not on
+        yield
+    finally:
+        for part, off in zip(adapters, before, strict=True):
+            part._disable_adapters = off
 
 
 def select_trained(model: T2RForCausalLM | PeftModel, stage: StageConfig) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from t2r.model import LINEAR_ATTENTION, T2RForCausalLM
 from t2r.model.modeling_t2r import T2RAttention
-from t2r.training.adapters import base_of
+from t2r.training.adapters import adapters_in, base_of, switched
 from t2r.training.objective import delivered
 from t2r.training.sharded import gathered, sharded_like
 from t2r.training.teachers import Teacher, way_into
@@ -87,13 +87,9 @@ def alignment_loss(
 def _as_student(attention) -> Iterator[None]:
     """One layer as the student has it, adapters on and with slots, though the teacher may be in charge of it."""
     kind = attention.kind
-    off = [module for module in attention.modules() if getattr(module, "disable_adapters", False)]
     attention.kind = LINEAR_ATTENTION
-    for module in off:
-        module.enable_adapters(True)
     try:
-        yield
+        with switched(adapters_in(attention), on=True):
+            yield
     finally:
         attention.kind = kind
-        for module in off:
-            module.enable_adapters(False)

@@ -180,6 +180,7 @@ class TrainConfig:
             and there is a GPU.
         torch_compile: compile the decoder layers; the first steps then take a minute. Not of `align`.
         dtype: of the frozen weights: float32, bfloat16, or auto (bfloat16 on CUDA, with autocast; else float32).
+        teacher_bits: of a separate teacher's weights (`trains: full`): 8 or 4, through bitsandbytes; None for `dtype`.
         report_to: trackers that transformers knows (tensorboard, wandb, ...).
     """
 
@@ -204,4 +205,5 @@ class TrainConfig:
     use_liger_kernel: bool | None = None
     torch_compile: bool = False
     dtype: str = "auto"
+    teacher_bits: int | None = None
     report_to: list[str] = field(default_factory=list)

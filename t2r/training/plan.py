@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from rich.console import Group
 from rich.table import Table
 from transformers import AutoConfig
 
 from t2r.evaluation.loading import UNLOADABLE, locate
 from t2r.model import LINEAR_ATTENTION, T2RConfig, T2RForCausalLM
-from t2r.training.adapters import add_adapters, select_trained
+from t2r.training.adapters import add_adapters, added_modules, select_trained
 from t2r.training.config import StageConfig, TrainConfig
 from t2r.training.documents import is_local, sources_of
 from t2r.training.flops import matrix_parameters
@@ -111,7 +112,7 @@ def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = Non
         parameter.requires_grad_(parameter.requires_grad or needs_separate_teacher(config))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trainable
-    stages = []
+    stages, separate = [], needs_separate_teacher(config)
     for stage in plan_stages(config, processes):
         select_trained(model, stage.config)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -120,7 +121,7 @@ def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = Non
         each = TRAINED_BYTES + (2 if half == 2 and stage.config.trains == "full" else 0) + (4 if processes > 1 else 0)
         activations, loss = _activations(network, stage.config, config, dtype, liger)
         memory = {
-            "frozen weights": (own if needs_separate_teacher(config) else frozen) * half,
+            "frozen weights": _teacher(network, own, config.teacher_bits, half) if separate else frozen * half,
             "trained": (trainable - trained) * 4 + trained * each,
             "activations": activations,
             "loss": loss,
@@ -128,11 +129,25 @@ def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = Non
         if sharded:
             memory = _sharded(memory, network, processes, half)
         stages.append(StagePlan(stage, trained, memory))
-    # A checkpoint holds adapters and optimizer; one of each earlier stage stays, and one is written beside the others.
-    largest = max(plan.trained_parameters for plan in stages)
-    disk = 4 * trainable + (config.save_limit + len(stages)) * (4 * trainable + 8 * largest)
+    disk = disk_needed(config, model, [plan.stage for plan in stages])
     missing = [s.path for s in sources_of(config.data) if is_local(s) and not Path(s.path).is_file()]
     return Plan(stages, processes, describe_teacher(config), frozen, dtype, disk, missing)
+
+
+def disk_needed(config: TrainConfig, model: T2RForCausalLM | PeftModel, stages: list[Stage]) -> int:
+    """Bytes that a run's checkpoints and result take at most.
+
+    A checkpoint holds what may train and the optimizer of what does; one of each earlier stage stays, and one is
+    written beside the others.
+    """
+    largest = 0
+    for stage in stages:
+        select_trained(model, stage.config)
+        largest = max(largest, sum(p.numel() for p in model.parameters() if p.requires_grad))
+    added = (f".{module}." for module in added_modules(model.config))
+    parts = ("lora_", *added) if isinstance(model, PeftModel) else ("",)
+    kept = sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in parts))
+    return 4 * kept + (config.save_limit + len(stages)) * (4 * kept + 8 * largest)
 
 
 def _configuration(source: str) -> T2RConfig:
@@ -144,6 +159,13 @@ def _configuration(source: str) -> T2RConfig:
     if not isinstance(network, T2RConfig):
         raise ValueError(f"{source}: a {network.model_type} model; convert it first (t2r convert {source} -o OUT)")
     return network
+
+
+def _teacher(network: T2RConfig, numbers: int, bits: int | None, half: int) -> int:
+    """Bytes of a separate teacher; of a quantised one the layers' projections have so many bits."""
+    attention, mlp, _ = matrix_parameters(network)
+    quantised = attention + mlp if bits else 0
+    return (numbers - quantised) * half + quantised * (bits or 0) // 8
 
 
 def _sharded(memory: dict[str, int], network: T2RConfig, processes: int, half: int) -> dict[str, int]:

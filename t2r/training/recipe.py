@@ -108,6 +108,10 @@ def _check(config: TrainConfig) -> None:
         raise ValueError("eval.every has no effect without eval.text")
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, got {config.dtype!r}")
+    if config.teacher_bits not in (None, 8, 4):
+        raise ValueError(f"teacher_bits must be 8 or 4, or unset, got {config.teacher_bits}")
+    if config.teacher_bits and config.trains != "full":
+        raise ValueError("teacher_bits has no effect: the teacher is the student's own weights unless trains: full")
 
 
 def _check_stage(stage: StageConfig, at: str) -> None:

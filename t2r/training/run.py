@@ -17,9 +17,10 @@ from t2r.training.adapters import add_adapters, check_converted
 from t2r.training.config import TrainConfig
 from t2r.training.data import PackedRows, tokenise
 from t2r.training.evaluator import EvaluateEvery, Evaluator
+from t2r.training.faults import explained
 from t2r.training.folder import begin_folder, check_folder, is_finished
 from t2r.training.fused import compile_layers, use_liger, wants_liger
-from t2r.training.plan import Plan, plan_run
+from t2r.training.plan import Plan, disk_needed, plan_run
 from t2r.training.recipe import dtype_of, load_config
 from t2r.training.report import write_report
 from t2r.training.sharded import is_sharded, whole_state
@@ -33,10 +34,18 @@ from t2r.training.stages import (
     where_to_go_on,
 )
 from t2r.training.summary import summarise_training
-from t2r.training.teachers import OwnTeacher, SeparateTeacher, Teacher, describe_teacher, needs_separate_teacher
+from t2r.training.teachers import (
+    OwnTeacher,
+    SeparateTeacher,
+    Teacher,
+    check_teacher,
+    describe_teacher,
+    needs_separate_teacher,
+)
 from t2r.training.trainer import T2RTrainer, training_arguments
 from t2r.training.watch import ProgressLine, StopOnSigterm, Terminated
 from t2r_conversion.record import read_record, write_record
+from t2r_conversion.writer import check_space
 
 
 def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = False, overwrite: bool = False) -> dict:
@@ -68,6 +77,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     if resume and is_finished(output):
         Console(stderr=True).print(f"{output}: finished already; report: {output / 'report.md'}", highlight=False)
         return read_record(output)
+    check_teacher(config)
     if config.eval.text:
         read_text(config.eval.text)  # better to fail now than after the model is loaded
     tokenizer = load_tokenizer(config.model)
@@ -92,6 +102,8 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         if config.torch_compile:
             compile_layers(network)
 
+    if not resume:
+        check_space(output.absolute(), disk_needed(config, model, stages))
     evaluator = Evaluator(config.eval, tokenizer, model, teacher, state) if config.eval.text else None
     state.wait_for_everyone()  # before the folder that everyone has checked changes
     if state.is_main_process:
@@ -152,8 +164,8 @@ def _processes() -> PartialState:
 def _student_and_teacher(config: TrainConfig, dtype: str, device: str) -> tuple[T2RForCausalLM | PeftModel, Teacher]:
     """The model to train, and what it learns from. All that trains is fp32."""
 
-    def load(dtype: str) -> T2RForCausalLM:
-        model = load_model(config.model, dtype=dtype, device=device)
+    def load(dtype: str, bits: int | None = None) -> T2RForCausalLM:
+        model = load_model(config.model, dtype=dtype, device=device, bits=bits)
         if not isinstance(model, T2RForCausalLM):
             raise ValueError(
                 f"{config.model}: a {model.config.model_type} model; "
@@ -164,7 +176,7 @@ def _student_and_teacher(config: TrainConfig, dtype: str, device: str) -> tuple[
     if needs_separate_teacher(config):
         model = load("float32")
         check_converted(model)
-        return model, SeparateTeacher(load(dtype))
+        return model, SeparateTeacher(load(dtype, config.teacher_bits))
     return add_adapters(load(dtype), config.lora), OwnTeacher()
 
 
@@ -211,7 +223,7 @@ def _train(
         check_checkpoint(checkpoint, stage, sharded=trainer.sharded)
     for watcher in watchers:
         watcher.begin(trainer)
-    with StopOnSigterm(trainer.accelerator) as stop:
+    with explained(stage.folder, trainer.accelerator.num_processes), StopOnSigterm(trainer.accelerator) as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.stopped:

@@ -7,9 +7,10 @@ from typing import Protocol
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.utils import is_bitsandbytes_available
 
 from t2r.model import T2RForCausalLM
-from t2r.training.adapters import base_of
+from t2r.training.adapters import adapters_in, base_of, switched
 from t2r.training.config import TrainConfig
 
 
@@ -23,16 +24,16 @@ class Teacher(Protocol):
 class OwnTeacher:
     """The teacher that a student with adapters carries in itself: frozen weights, adapters off, softmax attention."""
 
+    def __init__(self):
+        self.adapters: list[nn.Module] = []
+
     @contextmanager
     def active(self, student: PeftModel) -> Iterator[T2RForCausalLM]:
         """See `Teacher`."""
-        base, trains = student.get_base_model(), [p.requires_grad for p in student.parameters()]
-        try:
-            with torch.no_grad(), student.disable_adapter(), base.softmax_attention():
-                yield base
-        finally:
-            for parameter, train in zip(student.parameters(), trains, strict=True):  # PEFT sets it as it thinks fit
-                parameter.requires_grad_(train)
+        base = student.get_base_model()
+        self.adapters = self.adapters or adapters_in(student)
+        with torch.no_grad(), switched(self.adapters, on=False), base.softmax_attention():
+            yield base
 
 
 class SeparateTeacher:
@@ -63,8 +64,17 @@ def needs_separate_teacher(config: TrainConfig) -> bool:
     return config.trains == "full"
 
 
+def check_teacher(config: TrainConfig) -> None:
+    """Raise ValueError if a teacher is to be quantised and there is no bitsandbytes that transformers can use."""
+    if config.teacher_bits and not is_bitsandbytes_available():
+        raise ValueError(
+            f"teacher_bits: {config.teacher_bits} needs bitsandbytes; install it (pip install -U bitsandbytes)"
+        )
+
+
 def describe_teacher(config: TrainConfig) -> str:
     """Which teacher a run has, in words."""
     if needs_separate_teacher(config):
-        return "a second copy of the model, frozen, with softmax attention: everything trains in the first"
+        bits = f" in {config.teacher_bits} bits" if config.teacher_bits else ""
+        return f"a second copy of the model{bits}, frozen, with softmax attention: everything trains in the first"
     return "the student's own frozen weights: adapters off, softmax attention"

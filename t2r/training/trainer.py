@@ -76,7 +76,7 @@ class T2RTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss per target of the accumulated batch."""
         labels, rows = inputs.pop("labels"), inputs.pop("rows")
-        student, weights = self.accelerator.unwrap_model(model), self.stage.config.loss
+        student, weights = self.model, self.stage.config.loss
         with self.accelerator.autocast():  # accelerate's own covers the wrapped model's forward alone
             if weights.align:
                 loss = weights.align * self._align(student, inputs, labels != IGNORED)
@@ -137,6 +137,10 @@ class T2RTrainer(Trainer):
             return super().save_model(output_dir, _internal_call)
         state = whole_state(self.model)
         return self._save(output_dir, state_dict=state) if self.args.should_save else None
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """As `flops_per_token` has it; the Trainer would count the parameters anew in each step."""
+        return flops_per_token(base_of(self.model).config, self.stage.config) * inputs["input_ids"].numel()
 
     def leave_out(self, seconds: float) -> None:
         """Do not count these seconds as training."""

@@ -52,6 +52,7 @@ def test_sharded_is_one_process_and_resumed_is_uninterrupted(config, tmp_path):
 
     killed = f"output={tmp_path / 'killed'}"
     run_on_two_processes(config, killed, sharded=True, dies_after=8)  # two passes a step: within the second stage
+    assert (tmp_path / "killed" / "2-distill" / "checkpoint-1" / "optimizer.bin").is_file()
     with pytest.raises(ValueError, match="saved with sharded weights"):
         run(config, [killed], resume=True)
     assert_alike(run_on_two_processes(config, killed, sharded=True, resume=True), sharded, losses=1e-6)
@@ -67,7 +68,8 @@ def test_everything_trains_sharded(config, tmp_path):
 
 def test_a_run_on_two_processes_goes_on_by_one(config, tmp_path):
     alone = run(config, ["gradient_accumulation=4", f"output={tmp_path / 'alone'}"])
-    run_on_two_processes(config, dies_after=7)
+    run_on_two_processes(config, dies_after=8)
+    assert (tmp_path / "run" / "2-distill" / "checkpoint-1" / "optimizer.pt").is_file()
     resumed = run(config, ["gradient_accumulation=4"], resume=True)
     assert_alike(resumed, alone)
 

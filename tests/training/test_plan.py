@@ -121,3 +121,11 @@ def test_the_estimate_is_near_what_was_measured(row, column, stage, settings, tm
     )  # fmt: skip
     (plan,) = plan_run(config, on_cuda=True, **settings).stages
     assert sum(plan.memory.values()) == pytest.approx(measured, rel=0.2)
+
+
+def test_a_quantised_teacher_is_smaller(config):
+    whole, eight, four = (
+        plan_run(load_config(config, ["trains=full", *bits])).stages[0].memory["frozen weights"]
+        for bits in ([], ["teacher_bits=8"], ["teacher_bits=4"])
+    )
+    assert four < eight < whole

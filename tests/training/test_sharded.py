@@ -75,6 +75,7 @@ def worker(rank, port, trains, align, folder):
     state = whole_state(model)
     if rank == 0:
         torch.save((loss, gradients, state), folder / "sharded.pt")
+    dist.barrier()  # who leaves first takes the connection with him
     dist.destroy_process_group()
 
 

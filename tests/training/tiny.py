@@ -57,16 +57,24 @@ def workspace(folder: Path, **overrides) -> Path:
 
 
 def run_on_two_processes(
-    config: Path, *overrides: str, resume=False, sharded=False, dies_after: int | None = None
-) -> dict | None:
-    """The record of a run by two processes that talk through gloo, over which weights may be sharded (FSDP2); or
-    None of one whose processes die after so many forward passes each."""
+    config: Path,
+    *overrides: str,
+    resume: bool = False,
+    sharded: bool = False,
+    dies_after: int | None = None,
+    only_rank: int | None = None,
+) -> dict | str:
+    """The record of a run by two processes that talk through gloo, over which weights may be sharded (FSDP2).
+
+    Or what it wrote to stderr, if its processes (or one of them) die after so many forward passes each.
+    """
     # On a machine without GPUs, `--multi_gpu` starts processes on its CPUs.
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    module = "tests.training.fsdp_on_cpus" if sharded or dies_after is not None else "t2r.train"
+    module = "tests.training.on_cpus" if sharded or dies_after is not None else "t2r.train"
     env = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     env |= fsdp_environment() if sharded else {}
     env |= {} if dies_after is None else {"DIES_AFTER": str(dies_after)}
+    env |= {} if only_rank is None else {"DIES_ALONE": str(only_rank)}
     done = subprocess.run(
         [sys.executable, "-m", *launch, "-m", module, str(config), *overrides, *(["--resume"] if resume else [])],
         capture_output=True,
@@ -75,7 +83,7 @@ def run_on_two_processes(
     )
     if dies_after is not None:
         assert done.returncode != 0
-        return None
+        return done.stderr
     assert done.returncode == 0, done.stderr
     return json.loads((Path(tiny_config(config.parent, *overrides).output) / "t2r_record.json").read_text())
 

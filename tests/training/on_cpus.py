@@ -1,7 +1,8 @@
-"""`t2r.train` by processes on CPUs with FSDP2, which accelerate offers on accelerators alone.
+"""`t2r.train` by processes on CPUs, with FSDP2 too, which accelerate offers on accelerators alone.
 
-Accelerate is told that the processes are of the kind that it shards over; what it does then works on CPUs too.
-With `DIES_AFTER` in the environment, a process dies after so many forward passes.
+For that accelerate is told that the processes are of the kind that it shards over; what it does then works on CPUs too.
+With `DIES_AFTER` in the environment, processes (or the one whose rank `DIES_ALONE` is) die after so many forward
+passes.
 """
 
 import os
@@ -36,7 +37,8 @@ def die_after(passes: int):
 
 
 if __name__ == "__main__":
-    AcceleratorState.__init__ = as_if_on_gpus
-    if "DIES_AFTER" in os.environ:
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        AcceleratorState.__init__ = as_if_on_gpus
+    if "DIES_AFTER" in os.environ and os.environ.get("DIES_ALONE", os.environ["RANK"]) == os.environ["RANK"]:
         die_after(int(os.environ["DIES_AFTER"]))
     app(["train", *sys.argv[1:]], prog_name="t2r")
