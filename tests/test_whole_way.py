@@ -25,7 +25,7 @@ def t2r(*words):
     return result.stdout
 
 
-@pytest.mark.parametrize("start", ["window", "paper"])
+@pytest.mark.parametrize("start", ["window", "routed", "paper"])
 def test_the_whole_way(tmp_path, monkeypatch, start):
     monkeypatch.setenv("T2R_CACHE", str(tmp_path / "cache"))
     tiny_llama(tmp_path / "teacher", chat=True)
@@ -34,7 +34,10 @@ def test_the_whole_way(tmp_path, monkeypatch, start):
     (tmp_path / "heldout.txt").write_text(tiny_text(300, seed=99))
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
 
-    slots = ["--slots", 8, "--sinks", 2] if start == "window" else ["--slots", 8]
+    slots = ["--slots", 8] if start == "paper" else ["--slots", 8, "--sinks", 2]
+    if start == "routed":
+        monkeypatch.setattr("t2r_conversion.calibrate.WINDOW", 128)
+        slots += ["--rings", "2,4", "--calibrate", tmp_path / "heldout.txt"]
     t2r("convert", tmp_path / "teacher", "-o", tmp_path / "converted", "--start", start, *slots)
     tables = t2r("train", tmp_path / "recipe.yaml")
     assert "Perplexity before the finetune" in tables

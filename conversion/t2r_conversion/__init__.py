@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from t2r.model.configuration_t2r import T2RConfig
+from t2r_conversion.calibrate import calibration_of, check_text
 from t2r_conversion.families import FAMILIES, Family
 from t2r_conversion.headers import SourceTensor
 from t2r_conversion.plan import Plan, PlannedTensor, plan_conversion
@@ -37,24 +38,32 @@ def convert(
     keep_softmax: Iterable[int] = (),
     gate_write: float = T2RConfig.gate_write_logit,
     gate_keep: float = T2RConfig.gate_keep_logit,
+    rings: list[int] | None = None,
+    calibrate: str | Path | None = None,
+    calibration_tokens: int = 32768,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    calibrating: Progress | None = None,
 ) -> Plan:
     """Convert a model.
 
     Args:
         source: a local Hugging Face folder, a Hub id, or a `.gguf` file.
         out: folder to write.
-        start: see `plan_conversion`, as for the next five.
+        start: see `plan_conversion`, as for the next six.
         num_slots: see `plan_conversion`.
         num_sinks: see `plan_conversion`.
         keep_softmax: see `plan_conversion`.
         gate_write: see `plan_conversion`.
         gate_keep: see `plan_conversion`.
+        rings: see `plan_conversion`.
+        calibrate: routed start: a text that the routers are fitted to.
+        calibration_tokens: of that text, at most.
         overwrite: replace the model that is at `out`.
         dry_run: plan only; nothing is written, and no weights are downloaded or unpacked.
         progress: called with the bytes done and in all after each shard.
+        calibrating: called with the layers done and in all after each, while routers are fitted.
 
     Returns:
         The plan that was, or would be, carried out.
@@ -69,7 +78,16 @@ def convert(
         "keep_softmax": tuple(keep_softmax),
         "gate_write": gate_write,
         "gate_keep": gate_keep,
+        "rings": rings,
     }
+    if (start == "routed") != (calibrate is not None):
+        raise ValueError(
+            "start 'routed' fits its routers to a text: give one to calibrate on (--calibrate TEXT)"
+            if calibrate is None
+            else f"calibrate has no effect with start {start!r}; use start 'routed'"
+        )
+    if calibrate is not None:
+        check_text(calibrate)
     out = Path(out).absolute()
     headers = read_source(source)
     plan = plan_conversion(headers, **options)
@@ -79,5 +97,6 @@ def convert(
     check_space(out, sum(tensor.bytes for tensor in plan.having("copied", "new")))
     with open_source(headers, scratch=out.with_name(f".{out.name}.unpacked")) as opened:
         plan = plan_conversion(opened, **options)
-        write(plan, out, overwrite=overwrite, progress=progress)
+        fit = calibrate and calibration_of(calibrate, calibration_tokens, opened.folder, calibrating)
+        write(plan, out, overwrite=overwrite, progress=progress, calibration=fit)
     return plan

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from t2r.model.configuration_t2r import LINEAR_ATTENTION, T2RConfig
-from t2r.model.starts import new_parameters
+from t2r.model.starts import new_tensors
 from t2r_conversion.headers import SourceTensor
 from t2r_conversion.source import Source
 
@@ -97,6 +97,7 @@ class Plan:
             "start": config.start,
             "num_slots": config.num_slots,
             "num_sinks": config.num_sinks,
+            **({"rings": config.rings} if config.rings else {}),
             "gate_write_logit": config.gate_write_logit,
             "gate_keep_logit": config.gate_keep_logit,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -120,17 +121,19 @@ def plan_conversion(
     keep_softmax: Iterable[int] = (),
     gate_write: float = T2RConfig.gate_write_logit,
     gate_keep: float = T2RConfig.gate_keep_logit,
+    rings: list[int] | None = None,
 ) -> Plan:
     """Plan the conversion of a model.
 
     Args:
         source: from `read_source` or `open_source`.
-        start: "window" or "paper".
+        start: "window", "routed" or "paper".
         num_slots: slots of each key/value head.
         num_sinks: window start: slots that keep the first tokens.
         keep_softmax: numbers of the layers that stay softmax attention.
         gate_write: window start: `T2RConfig.gate_write_logit`.
         gate_keep: window start: `T2RConfig.gate_keep_logit`.
+        rings: routed start: sizes of its rings; None for two that suit the number of slots.
 
     Raises:
         ValueError: an argument is out of range, or tensors are missing, unexpected, or of a wrong shape or dtype
@@ -145,6 +148,7 @@ def plan_conversion(
         num_sinks=num_sinks,
         gate_write_logit=gate_write,
         gate_keep_logit=gate_keep,
+        rings=rings,
     )
     config.layer_types = _layer_types(config, keep_softmax)
     _check_tensors(source, config)
@@ -225,6 +229,6 @@ def _new_tensors(config: T2RConfig, dtype: str) -> list[PlannedTensor]:
         )
         for layer, kind in enumerate(config.layer_types)
         if kind == LINEAR_ATTENTION
-        for name, (shape, mean, std) in new_parameters(config).items()
+        for name, (shape, mean, std) in new_tensors(config).items()
         for size in [prod(shape)]
     ]

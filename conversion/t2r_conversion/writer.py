@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import save_file
 
 import t2r
+from t2r_conversion.calibrate import Calibration, fit_routers
 from t2r_conversion.headers import INDEX
 from t2r_conversion.plan import DTYPES, Plan, PlannedTensor
 from t2r_conversion.record import write_record
@@ -27,7 +28,14 @@ Progress = Callable[[int, int], None]
 """Called with the bytes of weights done so far and in all, after each shard."""
 
 
-def write(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> None:
+def write(
+    plan: Plan,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    calibration: Calibration | None = None,
+) -> None:
     """Write the converted model.
 
     Untouched shards are copied as files; one with dropped tensors is copied without them; new tensors go to one more
@@ -38,6 +46,7 @@ def write(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: Pro
         out: folder to make.
         overwrite: replace the model that is there, once the new one is complete.
         progress: called after each shard.
+        calibration: routed start: what its routers are fitted to.
 
     Raises:
         ValueError: the weights are not on this machine; `out` exists, is not a model's folder, or holds the source;
@@ -50,10 +59,11 @@ def write(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: Pro
     with made_whole(out) as partial:
         check_space(out, _bytes_to_write(plan))
         partial.mkdir(parents=True)
-        _write_weights(plan, partial, progress or (lambda _done, _total: None))
+        fits = _write_weights(plan, partial, progress or (lambda _done, _total: None), calibration)
         copy_small_files(plan.source.folder, partial)
         (partial / "config.json").write_text(plan.config.to_json_string(), encoding="utf-8")
-        write_record(partial, {"conversion": _record(plan)})
+        about = calibration.as_dict() | {"r_squared": [round(fit, 4) for fit in fits]} if calibration else None
+        write_record(partial, {"conversion": _record(plan) | ({"calibration": about} if about else {})})
 
 
 def check_output(out: Path, source: Path, overwrite: bool) -> None:
@@ -132,7 +142,8 @@ def _bytes_to_write(plan: Plan) -> int:
     return weights + sum(file.stat().st_size for file in small_files(plan.source.folder))
 
 
-def _write_weights(plan: Plan, folder: Path, progress: Progress) -> None:
+def _write_weights(plan: Plan, folder: Path, progress: Progress, calibration: Calibration | None) -> list[float]:
+    """All shards and the index; returns how well the routers fit, layer by layer, if there are any."""
     shards = sorted({tensor.shard for tensor in plan.having("copied")})
     spoilt = {tensor.shard for tensor in plan.having("dropped")}
     new = plan.having("new")
@@ -150,10 +161,15 @@ def _write_weights(plan: Plan, folder: Path, progress: Progress) -> None:
             shutil.copyfile(plan.source.folder / shard, folder / targets[shard])
         done += sum(tensor.bytes for tensor in kept)
         progress(done, total)
+    fitted, fits = {}, []
+    if calibration:
+        files = {tensor.name: folder / targets[tensor.shard] for tensor in plan.having("copied")}
+        fitted, fits = fit_routers(plan.config, files, calibration.windows, calibration.progress)
     if new:
-        _write_new(new, folder / targets[None])
+        _write_new(new, folder / targets[None], fitted)
         progress(total, total)
     _write_index(plan, targets, folder / INDEX)
+    return fits
 
 
 def _copy_tensors(source: Path, target: Path, names: set[str]) -> None:
@@ -183,14 +199,12 @@ def _copy_bytes(reader, writer, count: int) -> None:
         count -= len(block)
 
 
-def _write_new(tensors: list[PlannedTensor], path: Path) -> None:
+def _write_new(tensors: list[PlannedTensor], path: Path, fitted: dict[str, torch.Tensor]) -> None:
     generator = torch.Generator().manual_seed(SEED)
-    values = {
-        tensor.name: torch.empty(tensor.shape)
-        .normal_(tensor.mean, tensor.std, generator=generator)
-        .to(DTYPES[tensor.dtype])
-        for tensor in tensors
-    }
+    values = {}
+    for tensor in tensors:
+        random = torch.empty(tensor.shape).normal_(tensor.mean, tensor.std, generator=generator)
+        values[tensor.name] = fitted.get(tensor.name, random).to(DTYPES[tensor.dtype])
     save_file(values, path, metadata={"format": "pt"})
 
 

@@ -11,7 +11,7 @@ from t2r.cli.options import Json, Output, Overwrite
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder, a Hub id, or a .gguf file.")],
     output: Output,
-    start: Annotated[str, typer.Option(help="How the recurrent layers begin: window or paper.")] = "window",
+    start: Annotated[str, typer.Option(help="How the recurrent layers begin: window, routed or paper.")] = "window",
     slots: Annotated[int, typer.Option(help="Slots of each key/value head.")] = 64,
     sinks: Annotated[int, typer.Option(help="Window start: slots that keep the first tokens.")] = 4,
     keep_softmax: Annotated[str, typer.Option(metavar="0,8,16", help="Layers that keep softmax attention.")] = "",
@@ -19,6 +19,11 @@ def convert(
         float | None, typer.Option(help="Window start: logit that empties the slot being written.")
     ] = None,
     gate_keep: Annotated[float | None, typer.Option(help="Window start: logit that keeps the other slots.")] = None,
+    calibrate: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Routed start: the file that routers are fitted to.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Routed start: of that file, at most.")] = 32768,
+    rings: Annotated[str, typer.Option(metavar="24,36", help="Routed start: sizes of the rings of slots.")] = "",
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     json: Json = False,
@@ -34,11 +39,15 @@ def convert(
             start=start,
             num_slots=slots,
             num_sinks=sinks,
-            keep_softmax=_layers(keep_softmax),
+            keep_softmax=_numbers(keep_softmax, "--keep-softmax", "layer numbers"),
+            rings=_numbers(rings, "--rings", "sizes") or None,
+            calibrate=calibrate,
+            calibration_tokens=calibration_tokens,
             **{name: value for name, value in gates.items() if value is not None},
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,
+            calibrating=progress,
         )
     if json:
         print_json(plan.as_dict())
@@ -47,8 +56,8 @@ def convert(
     note("dry run: nothing is written" if dry_run else f"written to {output}")
 
 
-def _layers(text: str) -> list[int]:
+def _numbers(text: str, option: str, what: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")] if text.strip() else []
     except ValueError as error:
-        raise ValueError(f"--keep-softmax {text!r}: give layer numbers with commas between them, as 0,8,16") from error
+        raise ValueError(f"{option} {text!r}: give {what} with commas between them, as 0,8,16") from error

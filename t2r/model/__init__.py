@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from t2r.model.cache import T2RCache
 from t2r.model.configuration_t2r import LINEAR_ATTENTION, SOFTMAX_ATTENTION, T2RConfig
 from t2r.model.modeling_t2r import T2RForCausalLM, T2RModel, T2RPreTrainedModel
-from t2r.model.starts import STARTS, new_parameters
+from t2r.model.starts import STARTS, new_parameters, new_tensors
 
 # The first call of these in a process can be imprecise when several threads make it (pytorch/pytorch#188792).
 for function in (torch.cos, torch.sin, torch.exp, torch.expm1, torch.sigmoid):
@@ -29,4 +29,5 @@ __all__ = [
     "T2RModel",
     "T2RPreTrainedModel",
     "new_parameters",
+    "new_tensors",
 ]

@@ -1,5 +1,7 @@
 """The decoding cache: slots of constant size for Gated Slot Attention, keys and values for kept softmax layers."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -19,6 +21,7 @@ class SlotCacheLayer(CacheLayerMixin):
     def __init__(self):
         super().__init__()
         self.cumulative_length = 0
+        self.written: Tensor | None = None  # [B, H, rings], see t2r.model.rings
 
     @property
     def state(self) -> tuple[Tensor, Tensor] | None:
@@ -27,9 +30,9 @@ class SlotCacheLayer(CacheLayerMixin):
             self.keys, self.values = self.keys.clone(), self.values.clone()  # to be written again, outside that mode
         return (self.keys, self.values) if self.cumulative_length else None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, num_tokens: int, **kwargs):  # noqa: ARG002
+    def update(self, key_states, value_states, *args, num_tokens: int, written=None, **kwargs):  # noqa: ARG002
         """Keep the state that `num_tokens` more tokens have led to."""
-        self.keys, self.values = key_states, value_states
+        self.keys, self.values, self.written = key_states, value_states, written
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
         self.cumulative_length += num_tokens
@@ -53,13 +56,26 @@ class SlotCacheLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence's state."""
         if self.is_initialized:
-            self.keys = self.keys.repeat_interleave(repeats, dim=0)
-            self.values = self.values.repeat_interleave(repeats, dim=0)
+            self._each(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the states of some sequences."""
         if self.is_initialized:
-            self.keys, self.values = self.keys[indices], self.values[indices]
+            self._each(lambda x: x[indices])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give each beam the state of the one that it goes on from."""
+        if self.is_initialized:
+            self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.written = None
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.keys, self.values = change(self.keys), change(self.values)
+        self.written = None if self.written is None else change(self.written)
 
     def crop(self, tokens_to_remove: int) -> None:
         """A state cannot be rolled back.

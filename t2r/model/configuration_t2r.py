@@ -29,11 +29,12 @@ class T2RConfig(PreTrainedConfig):
         sliding_window: window of the source's softmax attention in tokens, or None when it sees everything.
         layer_types: per layer, "linear_attention" (Gated Slot Attention) or a kept softmax layer:
             "full_attention", or "sliding_attention" with `sliding_window`. All linear when not given.
-        start: how the layers were started, "window" or "paper" (see `t2r.model.starts`).
+        start: how the layers were started, "window", "routed" or "paper" (see `t2r.model.starts`).
         num_slots: slots M of each key/value head.
-        num_sinks: window start: slots that keep the first tokens for ever.
-        gate_write_logit: window start: the scheduled slot's gate is `sigmoid(-gate_write_logit)` at the start.
-        gate_keep_logit: window start: the other slots' gates are `sigmoid(gate_keep_logit)` at the start.
+        num_sinks: window and routed start: slots that keep the first tokens for ever.
+        rings: routed start: sizes of the rings that the other slots form, at least two of them.
+        gate_write_logit: these too: the scheduled slot's gate is `sigmoid(-gate_write_logit)` at the start.
+        gate_keep_logit: these too: the other slots' gates are `sigmoid(gate_keep_logit)` at the start.
         gate_logit_normalizer: paper start: the temperature τ of the gates, `sigmoid(x) ** (1 / τ)`.
 
     The remaining arguments are those of `transformers.LlamaConfig`.
@@ -72,6 +73,7 @@ class T2RConfig(PreTrainedConfig):
     start: str = "window"
     num_slots: int = 64
     num_sinks: int = 4
+    rings: list[int] | None = None
     gate_write_logit: float = 7.0
     gate_keep_logit: float = 12.0
     gate_logit_normalizer: float = 8.0
@@ -109,18 +111,19 @@ class T2RConfig(PreTrainedConfig):
         return layers * self.num_key_value_heads * held * 2 * self.head_dim
 
     def _check(self) -> None:
-        if self.start not in ("window", "paper"):
-            raise ValueError(f"start must be 'window' or 'paper', got {self.start!r}")
+        if self.start not in ("window", "routed", "paper"):
+            raise ValueError(f"start must be 'window', 'routed' or 'paper', got {self.start!r}")
         for name in ("gate_write_logit", "gate_keep_logit", "gate_logit_normalizer"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not an activation that transformers knows")
-        if self.start == "window" and not 0 <= self.num_sinks < self.num_slots:
+        if self.start != "paper" and not 0 <= self.num_sinks < self.num_slots:
             raise ValueError(
                 f"num_sinks must be at least 0 and below num_slots, got num_sinks={self.num_sinks}, "
                 f"num_slots={self.num_slots}"
             )
+        self._check_rings()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -135,3 +138,23 @@ class T2RConfig(PreTrainedConfig):
             )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention layers, but sliding_window is not set")
+
+    def _check_rings(self) -> None:
+        if self.start != "routed":
+            if self.rings is not None:
+                raise ValueError(f"rings belong to start 'routed', got start {self.start!r}")
+            return
+        if self.rings is None:
+            self.rings = default_rings(self.num_slots, self.num_sinks)
+        if len(self.rings) < 2 or min(self.rings) < 1 or self.num_sinks + sum(self.rings) != self.num_slots:
+            raise ValueError(
+                f"rings must be two or more and together be num_slots - num_sinks = {self.num_slots - self.num_sinks} "
+                f"slots, got {self.rings}"
+            )
+
+
+def default_rings(num_slots: int, num_sinks: int) -> list[int]:
+    """A short ring for most tokens and a long one for the few."""
+    slots = num_slots - num_sinks
+    short = min(28, slots * 2 // 5)
+    return [short, slots - short]

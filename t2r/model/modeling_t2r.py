@@ -28,6 +28,7 @@ from .cache import T2RCache
 from .configuration_t2r import LINEAR_ATTENTION, T2RConfig
 from .packed import attend_by_document, attends_by_document
 from .positions import Positions
+from .rings import Router, ring_schedule
 from .starts import STARTS, gate_of, slot_schedule
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -84,6 +85,8 @@ class T2RAttention(nn.Module):
         if self.kind == LINEAR_ATTENTION:
             self.start = STARTS[config.start]
             self.f_proj = GateProjection(config.hidden_size, H * config.num_slots, bias=self.start.gate_bias)
+            if self.start.routed:
+                self.router = Router(config)
             if self.start.output_norm:
                 self.g_norm = LlamaRMSNorm(HQ * D, eps=config.rms_norm_eps)
 
@@ -91,7 +94,7 @@ class T2RAttention(nn.Module):
         self,
         hidden_states: Tensor,  # [B, T, hidden]
         positions: Positions,
-        slots: Tensor,  # [B, T], the slot that each token takes over
+        slots: Tensor,  # [B, T], the slot that each token takes over, unless the layer is routed
         rope: tuple[Tensor, Tensor],  # cos and sin, [B, T, D]
         attention_mask: Tensor | None,  # of this layer's kind, for softmax
         past_key_values: T2RCache | None,
@@ -115,13 +118,14 @@ class T2RAttention(nn.Module):
         if start.swish:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         logits = self.f_proj(hidden_states).unflatten(-1, (-1, config.num_slots))  # [B, T, H, M]
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        slots, written = self.schedule(hidden_states, positions, slots, layer and layer.written)
         options = {
             "gate": gate_of(slots, config),
             "scale": start.scale,
             "hide_unwritten": start.hide_unwritten,
             "position_offset": positions.offset,
         }
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         state = None if layer is None else layer.state
         if state is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
             o, state = gsa_step(q, k, v, logits, state, **options)
@@ -131,11 +135,19 @@ class T2RAttention(nn.Module):
                 initial_state=state, output_final_state=layer is not None, cu_seqlens=positions.cu_seqlens, **options,
             )  # fmt: skip
         if layer is not None:
-            layer.update(*state, num_tokens=q.shape[1])
+            layer.update(*state, num_tokens=q.shape[1], written=written)
         o = o.flatten(2)  # [B, T, HQ * D]
         if start.swish:
             o = F.silu(o)
         return self.g_norm(o).to(o.dtype) if start.output_norm else o
+
+    def schedule(
+        self, hidden_states: Tensor, positions: Positions, slots: Tensor, written: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The slot that each token takes over, `[B, T, H]`; a routed layer chooses it, and counts (see `rings`)."""
+        if self.start.routed:
+            return ring_schedule(self.router(hidden_states), positions, self.config, written)
+        return slots.unsqueeze(-1).expand(*slots.shape, self.config.num_key_value_heads), None
 
     def _softmax(self, q, k, v, positions, rope, attention_mask, past_key_values, **kwargs) -> Tensor:
         q, k = self.rotate(q, k, *rope)
@@ -197,6 +209,9 @@ class T2RPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, GateProjection):
             init.normal_(module.weight, std=STARTS[self.config.start].gate_std)
+        elif isinstance(module, Router):
+            init.zeros_(module.weight)
+            init.zeros_(module.thresholds)
 
     @contextmanager
     def softmax_attention(self) -> Iterator[None]:

@@ -1,11 +1,12 @@
 """Ways to start a Gated Slot Attention layer: what surrounds the operator, and the gates.
 
 `window`: each token takes over one slot of a fixed schedule and everything else is kept, so that a layer begins as
-softmax attention over the first `num_sinks` tokens and the last `num_slots - num_sinks`. `paper`: as published
-(arXiv 2409.07146, section 3.3): Swish on q, k and v, gates from a tempered sigmoid, a norm on the output.
+softmax attention over the first `num_sinks` tokens and the last `num_slots - num_sinks`. `routed`: the same with
+several rings, see `t2r.model.rings`. `paper`: as published (arXiv 2409.07146, section 3.3): Swish on q, k and v, gates
+from a tempered sigmoid, a norm on the output.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from t2r_kernels import Gate
 
 from .configuration_t2r import T2RConfig
 from .positions import Positions
+from .rings import router_shapes
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Start:
         gate_bias: whether the gate projection has a bias.
         gate_std: standard deviation of the gate projection's weight at the start.
         output_norm: RMSNorm before the output projection.
+        routed: whether each layer chooses its slots by itself, with a router.
     """
 
     rope: bool
@@ -37,6 +40,7 @@ class Start:
     gate_bias: bool
     gate_std: float
     output_norm: bool
+    routed: bool = False
 
 
 STARTS = {
@@ -61,6 +65,9 @@ STARTS = {
 }
 
 
+STARTS["routed"] = replace(STARTS["window"], routed=True)
+
+
 def new_parameters(config: T2RConfig) -> dict[str, tuple[tuple[int, ...], float, float]]:
     """Parameters that a Gated Slot Attention layer has and its source has not.
 
@@ -75,6 +82,12 @@ def new_parameters(config: T2RConfig) -> dict[str, tuple[tuple[int, ...], float,
     if start.output_norm:
         parameters["g_norm.weight"] = ((config.num_attention_heads * config.head_dim,), 1.0, 0.0)
     return parameters
+
+
+def new_tensors(config: T2RConfig) -> dict[str, tuple[tuple[int, ...], float, float]]:
+    """As `new_parameters`, and what such a layer has beside them that does not train."""
+    fitted = router_shapes(config) if STARTS[config.start].routed else {}
+    return new_parameters(config) | {f"router.{name}": (shape, 0.0, 0.0) for name, shape in fitted.items()}
 
 
 def window_schedule(position: Tensor, num_slots: int, num_sinks: int) -> Tensor:
@@ -93,7 +106,7 @@ def window_schedule(position: Tensor, num_slots: int, num_sinks: int) -> Tensor:
 
 
 def slot_schedule(positions: Positions, config: T2RConfig) -> Tensor:
-    """The slot that each token takes over: `[B, T]` int32, -1 where a place holds no token."""
+    """The slot that each token takes over: `[B, T]` int32, -1 where a place holds no token. Not of routed layers."""
     if config.start == "window":
         slot = window_schedule(positions.ids, config.num_slots, config.num_sinks)
     else:
@@ -105,10 +118,9 @@ def gate_of(slot: Tensor, config: T2RConfig) -> Gate:
     """How a layer's gate logits become log gates.
 
     Args:
-        slot: `[B, T]` int32, see `slot_schedule`.
+        slot: that each token takes over, `[B, T, H]` int32.
         config: the model's configuration.
     """
-    slot = slot.unsqueeze(-1).expand(*slot.shape, config.num_key_value_heads)  # [B, T, H]
     if config.start == "paper":
         return Gate(slot, normalizer=config.gate_logit_normalizer)
     return Gate(slot, config.gate_write_logit, config.gate_keep_logit)

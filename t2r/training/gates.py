@@ -32,7 +32,8 @@ def gate_statistics(model: T2RForCausalLM | PeftModel) -> Iterator[dict[str, lis
         if attention.kind != LINEAR_ATTENTION:  # the teacher passes by in the student's own layers
             return
         logits = attention.f_proj(arguments[0]).unflatten(-1, (-1, attention.config.num_slots))
-        alpha = log_gate(logits, gate_of(keywords["slots"], attention.config)).exp()  # [B, T, H, M]
+        slots, _ = attention.schedule(arguments[0], keywords["positions"], keywords["slots"])
+        alpha = log_gate(logits, gate_of(slots, attention.config)).exp()  # [B, T, H, M]
         saturated = (alpha < SATURATED) | (alpha > 1 - SATURATED)
         figures.append(torch.stack([alpha.mean(), saturated.float().mean(), (1 - alpha).sum(-1).mean()]))
 

@@ -22,10 +22,12 @@ def no_grad():
         yield
 
 
-@pytest.fixture(params=[*LAYERS, "paper start"])
+@pytest.fixture(params=[*LAYERS, "paper start", "routed start"])
 def model(request):
     if request.param == "paper start":
         return shake(student(start="paper"))
+    if request.param == "routed start":
+        return shake(student(start="routed", rings=[3, 6, 5]))
     return shake(student(layer_types=LAYERS[request.param]))
 
 
@@ -53,6 +55,24 @@ def test_exact_window_start_is_masked_softmax_beyond(num_sinks):
     expected = masked_teacher(source, x, 16, num_sinks)
     close(student(source, exact=True, num_sinks=num_sinks)(x).logits, expected, 1e-4)
     assert (expected - source(x).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rings", [[5, 9], [3, 6, 5]])
+def test_exact_routed_start_is_the_teacher_up_to_num_slots(rings):
+    source, x = teacher(), tokens(2, 40)
+    model = student(source, exact=True, start="routed", rings=rings)
+    close(model(x[:, :16]).logits, source(x[:, :16]).logits, 1e-4)
+    assert (model(x).logits - student(source, exact=True)(x).logits).abs().max() > 0.1  # beyond it is no window
+
+
+def test_one_ring_alone_is_a_window():
+    """All tokens in one ring: the others keep the document's beginning, as sinks do."""
+    source, x = teacher(), tokens(2, 60)
+    model = student(source, exact=True, start="routed", rings=[6, 8])
+    for module in model.modules():
+        if hasattr(module, "thresholds"):
+            module.thresholds.fill_(-1e9)  # everything into the second ring, slots 8 to 15
+    close(model(x).logits, masked_teacher(source, x, 16, 8), 1e-4)
 
 
 def test_default_gates_start_near_the_exact_ones():

@@ -9,8 +9,10 @@ from tests.model.tiny import shake, student, tokens
 LAYERS = {"all slots": None, "mixed": ["full_attention", "linear_attention", "linear_attention"]}
 
 
-@pytest.fixture(params=LAYERS)
+@pytest.fixture(params=[*LAYERS, "routed"])
 def model(request):
+    if request.param == "routed":
+        return shake(student(start="routed", rings=[5, 9]))
     return shake(student(layer_types=LAYERS[request.param]))
 
 

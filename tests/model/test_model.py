@@ -98,7 +98,7 @@ def test_schedule_fills_the_sinks_once_and_then_goes_round():
 
 def test_gates_at_the_start_write_one_slot_and_keep_the_rest():
     config = T2RConfig(**SHAPE, num_slots=5, num_sinks=2)
-    gate = gate_of(window_schedule(torch.arange(6)[None], 5, 2), config)
+    gate = gate_of(window_schedule(torch.arange(6)[None], 5, 2)[..., None].expand(1, 6, 2), config)
     alpha = log_gate(torch.zeros(1, 6, 2, 5), gate).exp()[0, :, 0]
     written = alpha < 0.5
     assert written.nonzero()[:, 1].tolist() == [0, 1, 2, 3, 4, 2]
@@ -116,7 +116,7 @@ def test_gates_at_the_start_write_one_slot_and_keep_the_rest():
         ({"gate_write_logit": float("nan")}, "gate_write_logit must be a finite number"),
         ({"hidden_act": "nope"}, "'nope' is not an activation"),
         ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, "rope_type 'nonsense'"),
-        ({"start": "random"}, "'window' or 'paper'"),
+        ({"start": "random"}, "'window', 'routed' or 'paper'"),
         ({"num_key_value_heads": 4}, "must be a multiple"),
         ({"layer_types": ["linear_attention"] * 2}, "names 2 layers"),
         ({"layer_types": ["conv"] * 3}, "conv not supported"),

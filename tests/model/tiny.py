@@ -34,7 +34,18 @@ def student(source=None, *, exact=False, seed=0, **overrides):
     gates = {"gate_write_logit": 30.0, "gate_keep_logit": 30.0} if exact else {}
     model = T2RForCausalLM(T2RConfig(**SHAPE | {"num_slots": 16, "num_sinks": 2} | gates | overrides)).eval()
     missing = model.load_state_dict((source or teacher()).state_dict(), strict=False).missing_keys
-    assert all("f_proj" in name or "g_norm" in name for name in missing)
+    assert all(name.split(".")[-2] in ("f_proj", "g_norm", "router") for name in missing)
+    return route(model) if model.config.start == "routed" else model
+
+
+def route(model):
+    """Routers that send tokens to all rings."""
+    generator = torch.Generator().manual_seed(4)
+    for name, buffer in model.named_buffers():
+        if "router.weight" in name:
+            buffer.normal_(generator=generator)
+        if "router.thresholds" in name:
+            buffer.copy_(torch.linspace(0, 0.5, buffer.shape[-1]).expand_as(buffer) * model.config.hidden_size**0.5)
     return model
 
 

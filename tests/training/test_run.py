@@ -260,7 +260,7 @@ def test_only_converted_models(config, tmp_path):
         add_adapters(student(layer_types=["full_attention"] * 3), LoraConfig())
 
 
-@pytest.mark.parametrize("start", ["window", "paper"])
+@pytest.mark.parametrize("start", ["window", "routed", "paper"])
 def test_the_teacher_is_the_source_whatever_the_adapters_learn(start):
     source, x = tiny_teacher(), tokens(2, 30)
     model = add_adapters(student(source, start=start), LoraConfig(r=4))
@@ -276,7 +276,7 @@ def test_the_teacher_is_the_source_whatever_the_adapters_learn(start):
     assert (before - source(x).logits).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("start", ["window", "paper"])
+@pytest.mark.parametrize("start", ["window", "routed", "paper"])
 def test_what_trains_and_how_fast(start):
     model = add_adapters(student(start=start), LoraConfig(r=4))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

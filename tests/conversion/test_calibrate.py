@@ -1,0 +1,127 @@
+"""Routers are fitted to the attention that tokens receive."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from t2r.model import T2RForCausalLM
+from t2r_conversion import calibrate, convert
+from t2r_conversion.calibrate import fit_routers, ridge, thresholds
+from tests.conversion import tiny
+from tests.tiny import tiny_llama, tiny_text
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Windows that a tiny text fills."""
+    for name, value in {"WINDOW": 64, "LATER": 5, "ENDING": 9}.items():
+        monkeypatch.setattr(calibrate, name, value)
+
+
+def importance(probabilities):
+    """Of each token, from attention `[heads, L, L]` of one group, as it is defined."""
+    L = probabilities.shape[1]
+    rows = [[probabilities[:, i, t].sum().item() for i in range(t + 5, L)] for t in range(L)]
+    return torch.tensor([sum(row) / max(1, len(row)) for row in rows])
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.mistral])
+def test_streamed_layers_see_what_the_whole_model_sees(make, tmp_path, short, monkeypatch):
+    """Inputs and importance of each layer, beside those of transformers' model with eager attention."""
+    window = {"sliding_window": 20} if make is tiny.mistral else {}
+    source = make(tmp_path / "source", **window)
+    convert(source, tmp_path / "out", num_slots=8)
+    model = T2RForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    windows = torch.randint(0, 96, (2, 64), generator=torch.Generator().manual_seed(0))
+    inputs, attention = [], []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda _, a, k: inputs.append(a[0]), with_kwargs=True)
+    interface = calibrate_eager(attention)
+    monkeypatch.setattr("t2r.model.modeling_t2r.eager_attention_forward", interface)
+    with torch.no_grad(), model.softmax_attention():
+        model(windows, use_cache=False)
+    seen = []
+    monkeypatch.setattr(calibrate, "ridge", lambda x, y: seen.append((x, y)) or (torch.zeros(2, 32), 0.0))
+    shard = next((tmp_path / "source").glob("*.safetensors"))
+    config = model.config
+    config.start, config.rings, config.num_sinks = "routed", [3, 4], 1
+    fit_routers(config, dict.fromkeys(tiny.load_all(source), shard), windows)
+    counted = slice(1, 64 - 9)
+    for (x, y), given, probabilities in zip(seen, inputs, attention, strict=True):
+        assert torch.allclose(x, given[:, counted].flatten(0, 1), atol=1e-3, rtol=1e-3)
+        for b in range(2):
+            for head in range(2):
+                expected = importance(probabilities[b, 2 * head : 2 * head + 2])[counted].clamp_min(1e-9).log()
+                assert torch.allclose(y.view(2, -1, 2)[b, :, head], expected, atol=1e-2)
+
+
+def calibrate_eager(kept):
+    """Transformers' eager attention, which also keeps its probabilities."""
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    def attend(*args, **kwargs):
+        output, probabilities = eager_attention_forward(*args, **kwargs)
+        kept.append(probabilities)
+        return output, probabilities
+
+    return attend
+
+
+def test_ridge_finds_a_linear_law():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 6, generator=generator) * torch.tensor([1, 10, 0.1, 1, 1, 1]) + 3
+    law = torch.tensor([[1.0, -0.2, 5.0, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
+    weight, fit = ridge(x, x @ law.T + 7 + 0.1 * torch.randn(4000, 2, generator=generator))
+    assert torch.allclose(weight, law, rtol=0.05, atol=0.05)
+    assert 0.9 < fit < 1
+
+
+def test_thresholds_let_a_share_on():
+    scores = torch.randn(10000, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0])
+    found = thresholds(scores, 2)  # [heads, 2]
+    for i, share in enumerate((0.1, 0.01)):
+        assert ((scores > found[:, i]).float().mean(0) - share).abs().max() < 0.002
+
+
+def test_converted_with_routers(tmp_path, short):
+    tiny_llama(tmp_path / "source")
+    (tmp_path / "text.txt").write_text(tiny_text(400))
+    done = []
+    options = {"start": "routed", "num_slots": 12, "num_sinks": 2, "rings": [4, 6], "keep_softmax": [0]}
+    plan = convert(
+        tmp_path / "source", tmp_path / "out", calibrate=tmp_path / "text.txt", calibration_tokens=200,
+        calibrating=lambda layers, total: done.append((layers, total)), **options,
+    )  # fmt: skip
+    assert plan.config.rings == [4, 6]
+    assert done == [(1, 2), (2, 2)]
+    model = T2RForCausalLM.from_pretrained(tmp_path / "out")
+    router = model.model.layers[1].self_attn.router
+    assert router.weight.abs().min() > 0
+    assert not hasattr(model.model.layers[0].self_attn, "router")
+    record = json.loads((tmp_path / "out" / "t2r_record.json").read_text())["conversion"]
+    assert record["rings"] == [4, 6]
+    assert record["calibration"]["text"] == "text.txt"
+    assert record["calibration"]["tokens"] == 192
+    (fit,) = record["calibration"]["r_squared"]
+    assert math.isfinite(fit)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": "routed"}, "give one to calibrate on"),
+        ({"calibrate": "text.txt"}, "no effect with start 'window'"),
+        ({"start": "routed", "calibrate": "nowhere.txt"}, "no such file to calibrate on"),
+        ({"start": "routed", "calibrate": "text.txt"}, "less than a window of 1024"),
+        ({"start": "window", "rings": [3, 4]}, "rings belong to start 'routed'"),
+    ],
+)
+def test_bad_calibration(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(tmp_path / "source")
+    (tmp_path / "text.txt").write_text(tiny_text(40))
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "source", tmp_path / "out", **{"num_slots": 8, "num_sinks": 1} | options)
+    assert not (tmp_path / "out").exists()
