@@ -59,9 +59,9 @@ def calibration_of(
     """
     check_text(text)
     text = Path(text)
-    content = text.read_text(encoding="utf-8")
-    if text.suffix == ".jsonl":
-        content = "\n\n".join(json.loads(line)["text"] for line in content.splitlines() if line.strip())
+    with text.open(encoding="utf-8") as file:
+        whole = text.suffix != ".jsonl"
+        content = file.read() if whole else "\n\n".join(json.loads(line)["text"] for line in file if line.strip())
     ids = AutoTokenizer.from_pretrained(tokenizer_folder)(
         content[: 16 * tokens], add_special_tokens=False, verbose=False
     )["input_ids"]

@@ -1,0 +1,178 @@
+"""How much of its teacher a converted model recovers: SmolLM2-135M-Instruct, by recipe.
+
+    python -m benchmarks.recovery RECIPE.yaml ... --data DIR [--seed 0 --seed 1]
+
+A recipe has two parts: `convert`, the arguments of `t2r_conversion.convert`, and `train`, a recipe of `t2r train`
+without model, data and output; without it, the model is measured as it is converted. DIR holds `corpus.jsonl.gz`, to
+train on, and `wikitext2-valid.txt`, to report on. Each run has a process of its own, as many at a time as there are
+GPUs, and its row in `recovery.json`, which a later run of the same recipe and seed replaces.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.record import write_results
+
+RESULTS = Path(__file__).parent / "results"
+MODEL = Path(".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
+# Tokens of a window, and how many windows: all predictions are on the reported text's beginning.
+WINDOWS = {1024: 64, 4096: 16}
+EXCERPT, EXCERPTS = 4000, 96  # characters of each document that routers are fitted to, and how many
+
+
+def prepare(data: Path, work: Path) -> None:
+    """Unpack the corpus into DIR/corpus.jsonl, and excerpts of documents chosen at random into DIR/calibrate.jsonl."""
+    work.mkdir(parents=True, exist_ok=True)
+    if (work / "calibrate.jsonl").is_file():
+        return
+    with gzip.open(data / "corpus.jsonl.gz", "rb") as packed, (work / "corpus.jsonl").open("wb") as file:
+        shutil.copyfileobj(packed, file)
+    with (work / "corpus.jsonl").open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    chosen = random.Random(0).sample([text for text in texts if len(text) > EXCERPT], EXCERPTS)
+    lines = (json.dumps({"text": text[:EXCERPT]}) + "\n" for text in chosen)
+    (work / "calibrate.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def nlls(model, tokenizer, text: str, share: float) -> dict[int, torch.Tensor]:
+    """Negative log-likelihoods on the reported text, by length of windows; of a share of the windows."""
+    from t2r.evaluation import cut_windows, window_nlls
+
+    windows = {length: cut_windows(tokenizer, text, length, max(1, int(n * share))) for length, n in WINDOWS.items()}
+    return {length: window_nlls(model, part) for length, part in windows.items()}
+
+
+def teacher_nlls(text: str, work: Path, share: float) -> dict[int, torch.Tensor]:
+    """The teacher's, computed once."""
+    from t2r.evaluation import load_model, load_tokenizer
+
+    path = work / f"teacher-{share}.pt"
+    if not path.is_file():
+        found = nlls(load_model(MODEL, dtype="float32"), load_tokenizer(MODEL), text, share)
+        torch.save(found, path.with_suffix(f".{os.getpid()}"))
+        path.with_suffix(f".{os.getpid()}").rename(path)
+    return torch.load(path)
+
+
+def run(path: Path, seed: int, data: Path, work: Path, share: float, overrides: list[str]) -> dict:
+    """Convert, train and measure; returns the row."""
+    import t2r_conversion
+    from t2r.evaluation import load_model, load_tokenizer, summarise
+    from t2r.training import merge
+    from t2r.training import run as train
+
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    folder, began = work / f"{path.stem}-{seed}", time.perf_counter()
+    options = dict(recipe.get("convert", {}))
+    if options.get("start") == "routed":
+        options |= {"calibrate": work / "calibrate.jsonl"}
+    plan = t2r_conversion.convert(MODEL, folder / "converted", overwrite=True, **options)
+    converted, record, model = time.perf_counter() - began, {}, folder / "converted"
+    if "train" in recipe:
+        content = {"model": str(model), "output": str(folder / "run"), "seed": seed, **recipe["train"]}
+        content["data"] = {"files": [str(work / "corpus.jsonl")], **content.get("data", {})}
+        (folder / "train.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        record = train(folder / "train.yaml", overrides, overwrite=True)
+        model = folder / "merged"
+        merge(folder / "run", model, overwrite=True)
+    text = (data / "wikitext2-valid.txt").read_text(encoding="utf-8")
+    student = nlls(load_model(model, dtype="float32"), load_tokenizer(model), text, share)
+    teacher, training = teacher_nlls(text, work, share), record.get("training", {})
+    reports = {length: summarise(student[length], teacher[length]) for length in WINDOWS}
+    main = reports[1024]
+    return {
+        "name": path.stem,
+        "unit": "ratio",
+        "ours": round(main.overall.ratio, 4),
+        "ratio_4096": round(reports[4096].overall.ratio, 4),
+        "perplexity": round(main.overall.student, 3),
+        "teacher": round(main.overall.teacher, 3),
+        "bands": {f"{band.start}-{band.end}": round(band.ratio, 4) for band in main.bands},
+        "bands_4096": {f"{band.start}-{band.end}": round(band.ratio, 4) for band in reports[4096].bands},
+        "windows": main.windows,
+        "seed": seed,
+        "tokens": training.get("tokens", 0),
+        "convert_minutes": round(converted / 60, 2),
+        "train_minutes": round(training.get("seconds", 0) / 60, 2),
+        "peak_mib": training.get("peak_memory_mib"),
+        "state_bytes": sum(plan.memory()[0][key] for key in ("state", "kept_cache")) if plan else None,
+        "overrides": overrides,
+        "recipe": recipe,
+    }
+
+
+def in_processes(jobs: list[tuple[Path, int]], options: argparse.Namespace) -> list[dict]:
+    """The rows of all jobs, each run in a process of its own, with a GPU of its own if there are any."""
+    gpus: Queue[str] = Queue()
+    for gpu in range(max(1, torch.cuda.device_count())):
+        gpus.put(str(gpu))
+
+    def one(job: tuple[Path, int]) -> dict | None:
+        path, seed = job
+        gpu, log = gpus.get(), options.work / f"{path.stem}-{seed}.log"
+        command = [sys.executable, "-m", "benchmarks.recovery", str(path), "--one", "--seed", str(seed)]
+        command += ["--data", options.data, "--work", options.work, "--share", options.share]
+        command += [word for override in options.set for word in ("--set", override)]
+        try:
+            with log.open("w") as errors:
+                env, words = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}, [str(word) for word in command]
+                done = subprocess.run(words, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+        finally:
+            gpus.put(gpu)
+        if done.returncode:
+            print(f"{path.stem}, seed {seed}: failed, see {log}", file=sys.stderr)
+            return None
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(gpus.qsize()) as pool:
+        return [row for row in pool.map(one, jobs) if row]
+
+
+def main() -> None:
+    """Run recipes, and keep their rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="+", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--seed", type=int, action="append")
+    parser.add_argument("--share", type=float, default=1.0, help="of the reported windows, to try things out")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for `t2r train`")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    seeds = options.seed or [0]
+    if options.one:
+        row = run(options.recipes[0], seeds[0], options.data, options.work, options.share, options.set)
+        print(json.dumps(row))
+        return
+    prepare(options.data, options.work)
+    new = in_processes([(path, seed) for path in options.recipes for seed in seeds], options)
+    earlier = options.out / "recovery.json"
+    rows = json.loads(earlier.read_text(encoding="utf-8"))["rows"] if earlier.is_file() else []
+    replaced = {(row["name"], row["seed"]) for row in new}
+    rows = [row for row in rows if (row["name"], row.get("seed")) not in replaced] + new
+    table = Table("recipe", "seed", "tokens", "ratio", *new[0]["bands"] if new else (), "4,096")
+    for row in new:
+        figures = [f"{x:.3f}" for x in (row["ours"], *row["bands"].values(), row["ratio_4096"])]
+        table.add_row(row["name"], str(row["seed"]), f"{row['tokens']:,}", *figures)
+    Console().print(table)
+    print(write_results("recovery", rows, options.out), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
