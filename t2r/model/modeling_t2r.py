@@ -332,6 +332,11 @@ class T2RForCausalLM(T2RPreTrainedModel, GenerationMixin):
         self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Take another head: a plain one, if transformers has resized the vocabulary."""
+        super().set_output_embeddings(new_embeddings)
+        self.lm_head.__class__ = LanguageModelHead
+
     @can_return_tuple
     def forward(
         self,

@@ -28,6 +28,7 @@ def attends_by_document(x: Tensor, positions: Positions, config: T2RConfig) -> b
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
         and config._attn_implementation == "sdpa"
         and config.head_dim <= 256
+        and config.head_dim % 8 == 0
         and not config.attention_dropout
     )
 

@@ -78,6 +78,8 @@ def alignment_loss(
         flat = reduce(torch.cat([g.flatten() for g in gradients]))
         gradients = [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
     by_layer = torch.stack(sums)
+    for layer in layers if sharded else ():
+        layer.reshard()  # no backward pass comes by here to do it
     leaves = [student.get_parameter(name) for student, name in parameters]
     gradients = [sharded_like(gradient, leaf) for gradient, leaf in zip(gradients, leaves, strict=True)]
     return delivered(by_layer.mean(), leaves, gradients), by_layer

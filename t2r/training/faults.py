@@ -10,8 +10,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# How gloo and NCCL, which raise plain RuntimeErrors as well, speak of a process that is gone.
-PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
+# How gloo, which raises plain RuntimeErrors, speaks of a process that is gone.
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "gloo/transport")
 
 
 @contextmanager
@@ -32,12 +32,17 @@ def explained(folder: Path, processes: int) -> Iterator[None]:
             raise ValueError(
                 f"{folder}: the disk is full; make room, and --resume goes on from the last whole checkpoint"
             ) from error
-        if processes > 1 and (isinstance(error, dist.DistError) or any(part in str(error) for part in PEER_GONE)):
+        if processes > 1 and isinstance(error, RuntimeError) and _is_peers(error):
             raise ValueError(
-                "another process of this run has ended: what it printed says why, unless it was killed (out of "
-                "memory?); --resume goes on from the last checkpoint"
+                "another process of this run seems to have ended: what it printed says why, unless it was killed (out "
+                "of memory?); --resume goes on from the last checkpoint. What was seen here: "
+                f"{str(error).strip().splitlines()[0]}"
             ) from error
         raise
+
+
+def _is_peers(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(part in str(error) for part in PEER_GONE)
 
 
 def _is_full(error: BaseException | None, folder: Path) -> bool:

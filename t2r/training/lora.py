@@ -59,8 +59,8 @@ class _Lora(torch.autograd.Function):
         x, weight, A, B, low = ctx.saved_tensors
         rows, gradient = x.flatten(0, -2), gradient.flatten(0, -2)  # [n, in], [n, out]
         by_low = (gradient @ B).mul_(ctx.scaling)  # [n, r]
-        by_A, by_B = by_low.T @ rows, gradient.T @ low
-        by_x = None
-        if ctx.needs_input_grad[0]:
-            by_x = (gradient @ weight).addmm_(by_low, A).view_as(x)
+        wanted = ctx.needs_input_grad
+        by_x = (gradient @ weight).addmm_(by_low, A).view_as(x) if wanted[0] else None
+        by_A = by_low.T @ rows if wanted[3] else None
+        by_B = gradient.T @ low if wanted[4] else None
         return by_x, None, None, by_A, by_B, None

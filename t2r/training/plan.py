@@ -1,6 +1,5 @@
 """What a run would do, without doing it: `t2r train --dry-run`."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from t2r.training.flops import matrix_parameters
 from t2r.training.fused import wants_liger
 from t2r.training.objective import tokens_at_once
 from t2r.training.recipe import dtype_of
+from t2r.training.sharded import launched_sharded
 from t2r.training.stages import Stage, plan_stages
 from t2r.training.teachers import describe_teacher, needs_separate_teacher
 
@@ -101,7 +101,7 @@ def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = Non
         ValueError: there is no such model, it is not converted, or a LoRA target does not exist.
     """
     on_cuda = torch.cuda.is_available() if on_cuda is None else on_cuda
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" if sharded is None else sharded
+    sharded = launched_sharded() if sharded is None else sharded
     dtype, liger = dtype_of(config, on_cuda), wants_liger(config, on_cuda)
     network = _configuration(config.model)
     with torch.device("meta"):
@@ -127,18 +127,18 @@ def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = Non
             "loss": loss,
         }
         if sharded:
-            memory = _sharded(memory, network, processes, half)
+            memory = _sharded(memory, network, processes, half, own * 4 if separate else 0)
         stages.append(StagePlan(stage, trained, memory))
-    disk = disk_needed(config, model, [plan.stage for plan in stages])
+    disk = disk_needed(config, model, [plan.stage for plan in stages], sharded)
     missing = [s.path for s in sources_of(config.data) if is_local(s) and not Path(s.path).is_file()]
     return Plan(stages, processes, describe_teacher(config), frozen, dtype, disk, missing)
 
 
-def disk_needed(config: TrainConfig, model: T2RForCausalLM | PeftModel, stages: list[Stage]) -> int:
+def disk_needed(config: TrainConfig, model: T2RForCausalLM | PeftModel, stages: list[Stage], sharded: bool) -> int:
     """Bytes that a run's checkpoints and result take at most.
 
-    A checkpoint holds what may train and the optimizer of what does; one of each earlier stage stays, and one is
-    written beside the others.
+    A checkpoint holds what may train and the optimizer of what does (and the latter itself once more, of sharded
+    weights); one of each earlier stage stays, and one is written beside the others.
     """
     largest = 0
     for stage in stages:
@@ -147,7 +147,8 @@ def disk_needed(config: TrainConfig, model: T2RForCausalLM | PeftModel, stages: 
     added = (f".{module}." for module in added_modules(model.config))
     parts = ("lora_", *added) if isinstance(model, PeftModel) else ("",)
     kept = sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in parts))
-    return 4 * kept + (config.save_limit + len(stages)) * (4 * kept + 8 * largest)
+    each = 4 * kept + (12 if sharded else 8) * largest
+    return 4 * kept + (config.save_limit + len(stages)) * each
 
 
 def _configuration(source: str) -> T2RConfig:
@@ -168,17 +169,19 @@ def _teacher(network: T2RConfig, numbers: int, bits: int | None, half: int) -> i
     return (numbers - quantised) * half + quantised * (bits or 0) // 8
 
 
-def _sharded(memory: dict[str, int], network: T2RConfig, processes: int, half: int) -> dict[str, int]:
+def _sharded(memory: dict[str, int], network: T2RConfig, processes: int, half: int, student: int) -> dict[str, int]:
     """What becomes of a stage's memory when weights, gradients and optimizer are sharded.
 
-    Two layers and the head are gathered at a time. Before that, each process holds the whole model beside its shards,
-    and it may be then that memory peaks.
+    Two layers and the head are gathered at a time. Before that, each process holds the whole model (of `student`
+    bytes, if it is one beside its teacher, which stays whole) beside its shards, and it may be then that memory peaks.
     """
-    whole = memory["frozen weights"]
     attention, mlp, head = matrix_parameters(network)
-    parts = memory | {name: memory[name] // processes for name in ("frozen weights", "trained")}
+    shared = ("trained",) if student else ("frozen weights", "trained")
+    parts = memory | {name: memory[name] // processes for name in shared}
     parts["gathered"] = half * (2 * (attention + mlp) // len(network.layer_types) + 2 * head)
-    parts["sharding"] = max(0, whole + parts["frozen weights"] + parts["trained"] - sum(parts.values()))
+    whole = memory["frozen weights"] + student
+    shards = student // processes if student else parts["frozen weights"] + parts["trained"]
+    parts["sharding"] = max(0, whole + shards - sum(parts.values()))
     return parts
 
 

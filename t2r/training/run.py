@@ -23,7 +23,7 @@ from t2r.training.fused import compile_layers, use_liger, wants_liger
 from t2r.training.plan import Plan, disk_needed, plan_run
 from t2r.training.recipe import dtype_of, load_config
 from t2r.training.report import write_report
-from t2r.training.sharded import is_sharded, whole_state
+from t2r.training.sharded import check_shards, is_sharded, launched_sharded, whole_state
 from t2r.training.stages import (
     Stage,
     check_checkpoint,
@@ -86,7 +86,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     check_folder(config, resume, overwrite)
     on_cuda = state.device.type == "cuda"
     dtype = dtype_of(config, on_cuda)
-    bf16 = on_cuda and dtype == "bfloat16"
+    bf16, liger = on_cuda and dtype == "bfloat16", wants_liger(config, on_cuda)
     stages = plan_stages(config, state.num_processes)
     for stage in stages:
         training_arguments(config, stage, bf16)  # better to fail now than when its turn comes
@@ -94,7 +94,6 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         tokens = tokenise(config.data, tokenizer)
     rows = [PackedRows(tokens, stage.config.sequence_length) for stage in stages]
     set_seed(config.seed)
-    liger = wants_liger(config, on_cuda)
     model, teacher = _student_and_teacher(config, dtype, str(state.device))
     for network in (model, teacher.model) if isinstance(teacher, SeparateTeacher) else (model,):
         if liger:
@@ -103,7 +102,10 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
             compile_layers(network)
 
     if not resume:
-        check_space(output.absolute(), disk_needed(config, model, stages))
+        freed = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) if overwrite else 0
+        check_space(output.absolute(), disk_needed(config, model, stages, launched_sharded()) - freed)
+    if launched_sharded() and len(stages) > 1:
+        check_shards(model, state.num_processes)
     evaluator = Evaluator(config.eval, tokenizer, model, teacher, state) if config.eval.text else None
     state.wait_for_everyone()  # before the folder that everyone has checked changes
     if state.is_main_process:
@@ -130,8 +132,9 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         evaluator.prepare()
         watchers.append(EvaluateEvery(evaluator, config.eval.every, keep))
     record["history"] = _through_stages(model, teacher, config, stages, rows, watchers, bf16, resume, state)
-    whole = {"state_dict": whole_state(model)} if is_sharded(model) else {}
-    model.save_pretrained(output, is_main_process=state.is_main_process, **whole)
+    whole = {"state_dict": whole_state(model, state.is_main_process)} if is_sharded(model) else {}
+    if state.is_main_process:
+        model.save_pretrained(output, **whole)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
     record["training"] = summarise_training(config, model, stages, tokens, record["history"], dtype, state.device)
     if evaluator:
@@ -218,6 +221,8 @@ def _train(
     checkpoint: Path | None,
 ) -> list[dict]:
     """Take the model through a stage; returns its part of the record's history."""
+    if checkpoint:  # of sharded weights the Trainer takes up what trains in this stage alone
+        _take_up(checkpoint, model)
     trainer = T2RTrainer(model, teacher, stage, rows, args, watchers)
     if checkpoint:
         check_checkpoint(checkpoint, stage, sharded=trainer.sharded)
@@ -233,12 +238,17 @@ def _train(
 
 def _over(stage: Stage, model: T2RForCausalLM | PeftModel, checkpoint: Path | None) -> list[dict]:
     """The history of a stage that is over. The last such one's checkpoint is where the next stage begins."""
-    if checkpoint is not None and isinstance(model, PeftModel):
-        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
-    elif checkpoint is not None:
-        model.load_state_dict(load_model(checkpoint, dtype="float32", device="cpu").state_dict())
+    if checkpoint:
+        _take_up(checkpoint, model)
     kept = checkpoint or last_checkpoint(stage.folder)
     return _history(stage, TrainerState.load_from_json(str(kept / "trainer_state.json"))) if kept else []
+
+
+def _take_up(checkpoint: Path, model: T2RForCausalLM | PeftModel) -> None:
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+    else:
+        model.load_state_dict(load_model(checkpoint, dtype="float32", device="cpu").state_dict())
 
 
 def _history(stage: Stage, state: TrainerState) -> list[dict]:

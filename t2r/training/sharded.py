@@ -1,5 +1,6 @@
 """Models whose weights are sharded over processes (FSDP2)."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,17 +19,39 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def launched_sharded() -> bool:
+    """Whether accelerate was launched to shard weights (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def check_shards(model: nn.Module, processes: int) -> None:
+    """Refuse parameters of which a process would have nothing: accelerate mixes these up when a second stage begins.
+
+    Raises:
+        ValueError: there are such parameters.
+    """
+    rows = {len(p) for p in model.parameters() if p.ndim}
+    short = sorted(n for n in rows if -(-n // processes) * (processes - 1) >= n)
+    if short:
+        raise ValueError(
+            f"weights of {', '.join(map(str, short))} rows cannot be shared out to {processes} processes in several "
+            "stages; choose lora.r as a multiple of the processes, or stages as runs of their own"
+        )
+
+
+def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     """All of a model's weights, gathered; of one with adapters only these and what trains in full beside them.
 
-    To be called by all processes.
+    To be called by all processes; those that do not `keep` them get nothing.
     """
     kept = ("lora_", "modules_to_save") if isinstance(model, PeftModel) else ("",)
-    return {
-        name: x.full_tensor().cpu() if isinstance(x, DTensor) else x
-        for name, x in model.state_dict().items()
-        if any(part in name for part in kept)
-    }
+    state = {}
+    for name, x in model.state_dict().items():
+        if any(part in name for part in kept):
+            x = x.full_tensor() if isinstance(x, DTensor) else x
+            if keep:
+                state[name] = x.cpu()
+    return state
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def check_checkpoint(checkpoint: Path, stage: Stage, *, sharded: bool) -> None:
     Raises:
         ValueError: its weights were sharded and these are not, or the other way round.
     """
-    if (checkpoint / "optimizer.pt").is_file() == sharded:
+    if any((checkpoint / name).exists() for name in ("optimizer.bin", "optimizer_0")) != sharded:
         raise ValueError(
             f"{checkpoint} was saved {'without' if sharded else 'with'} sharded weights (FSDP); resume it likewise"
         )

@@ -25,13 +25,15 @@ class OwnTeacher:
     """The teacher that a student with adapters carries in itself: frozen weights, adapters off, softmax attention."""
 
     def __init__(self):
+        self.student: PeftModel | None = None
         self.adapters: list[nn.Module] = []
 
     @contextmanager
     def active(self, student: PeftModel) -> Iterator[T2RForCausalLM]:
         """See `Teacher`."""
         base = student.get_base_model()
-        self.adapters = self.adapters or adapters_in(student)
+        if self.student is not student:  # to look for them takes longer than a small model's forward pass
+            self.student, self.adapters = student, adapters_in(student)
         with torch.no_grad(), switched(self.adapters, on=False), base.softmax_attention():
             yield base
 

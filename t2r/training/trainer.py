@@ -135,7 +135,7 @@ class T2RTrainer(Trainer):
         """As the Trainer's; of sharded weights, only what a checkpoint holds is gathered."""
         if not self.sharded:
             return super().save_model(output_dir, _internal_call)
-        state = whole_state(self.model)
+        state = whole_state(self.model, self.args.should_save)
         return self._save(output_dir, state_dict=state) if self.args.should_save else None
 
     def floating_point_ops(self, inputs: dict) -> int:

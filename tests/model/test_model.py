@@ -126,3 +126,11 @@ def test_gates_at_the_start_write_one_slot_and_keep_the_rest():
 def test_bad_configurations_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         T2RConfig(**SHAPE | change)
+
+
+def test_a_resized_vocabulary_still_takes_losses():
+    model, x = student(), tokens(1, 9)
+    model.resize_token_embeddings(120)
+    loss = model(x, loss_from_hidden=lambda head, hidden: (hidden @ head.weight.T).sum()).loss
+    assert loss.item() == pytest.approx(model(x).logits.sum().item(), rel=1e-4)
+    assert model(x).logits.shape == (1, 9, 120)

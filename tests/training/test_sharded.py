@@ -14,7 +14,7 @@ from t2r.training.adapters import add_adapters, base_of, select_trained
 from t2r.training.align import alignment_loss
 from t2r.training.config import LoraConfig, LossConfig, StageConfig
 from t2r.training.predict import predicted_loss
-from t2r.training.sharded import is_sharded, whole_state
+from t2r.training.sharded import check_shards, is_sharded, whole_state
 from t2r.training.teachers import OwnTeacher, SeparateTeacher
 from tests.model.tiny import shake, student, tokens
 from tests.model.tiny import teacher as tiny_teacher
@@ -61,18 +61,18 @@ def mean(x):
     return x / 2
 
 
-def worker(rank, port, trains, align, folder):
+def worker(rank, port, trains, align, reshard, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
     model, teacher = setting(trains)
     mesh = init_device_mesh("cpu", (2,))
     for layer in base_of(model).model.layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     loss, gradients = step(model, teacher, tokens(2, 30)[rank : rank + 1], True, align, mean)
     assert is_sharded(model)
-    state = whole_state(model)
+    state = whole_state(model, keep=rank == 0)
     if rank == 0:
         torch.save((loss, gradients, state), folder / "sharded.pt")
     dist.barrier()  # who leaves first takes the connection with him
@@ -80,15 +80,17 @@ def worker(rank, port, trains, align, folder):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo")
-@pytest.mark.parametrize("align", [False, True], ids=["predict", "align"])
-@pytest.mark.parametrize("trains", ["lora", "full"])
-def test_sharded_is_whole(trains, align, tmp_path):
+@pytest.mark.parametrize(
+    ("trains", "align", "reshard"),
+    [("lora", False, True), ("full", False, True), ("lora", True, True), ("full", True, True), ("lora", True, False)],
+)
+def test_sharded_is_whole(trains, align, reshard, tmp_path):
     import socket
 
     with socket.socket() as s:
         s.bind(("", 0))
         port = s.getsockname()[1]
-    mp.start_processes(worker, (port, trains, align, tmp_path), nprocs=2, start_method="spawn")
+    mp.start_processes(worker, (port, trains, align, reshard, tmp_path), nprocs=2, start_method="spawn")
     loss, gradients, state = torch.load(tmp_path / "sharded.pt")
     model, teacher = setting(trains)
     own = model.state_dict()
@@ -100,3 +102,10 @@ def test_sharded_is_whole(trains, align, tmp_path):
     for name, gradient in gradients.items():  # FSDP averages over processes
         expected = (parts[0][1][name] + parts[1][1][name]) / 2
         assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-5), name
+
+
+def test_parameters_that_leave_a_process_nothing_are_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Linear(64, 16))
+    check_shards(model, 4)
+    with pytest.raises(ValueError, match="weights of 16 rows cannot be shared out to 5 processes"):
+        check_shards(model, 5)
