@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 MODEL = Path(".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
 # Tokens of a window, and how many windows: all predictions are on the reported text's beginning.
 WINDOWS = {1024: 64, 4096: 16}
-EXCERPT, EXCERPTS = 4000, 96  # characters of each document that routers are fitted to, and how many
+EXCERPT, EXCERPTS = 10_000, 48  # characters of each document that routers are fitted to, and how many
 
 
 def prepare(data: Path, work: Path) -> None:

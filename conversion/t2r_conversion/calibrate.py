@@ -1,7 +1,7 @@
 """Fit the routers of a model to its source's attention on a text, one layer at a time."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,31 +46,37 @@ class Calibration:
 def calibration_of(
     text: str | Path, tokens: int, tokenizer_folder: Path, progress: Progress | None = None
 ) -> Calibration:
-    """The first tokens of a text.
+    """The first windows of a text, each within one document.
 
     Args:
-        text: a `.txt` file, or a `.jsonl` file with a `text` in each line.
+        text: a `.txt` file, which is one document, or a `.jsonl` file with a `text` in each line.
         tokens: how many at most.
         tokenizer_folder: of the source.
         progress: see `Calibration`.
 
     Raises:
-        ValueError: the file is missing, or shorter than one window.
+        ValueError: the file is missing, or has no document of a window's length.
     """
     check_text(text)
-    text = Path(text)
+    text, windows = Path(text), []
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    for document in _documents(text):
+        wanted = tokens // WINDOW - len(windows)
+        if wanted <= 0:
+            break
+        ids = tokenizer(document[: 16 * WINDOW * wanted], add_special_tokens=False, verbose=False)["input_ids"]
+        windows += torch.tensor(ids).split(WINDOW)[: min(wanted, len(ids) // WINDOW)]
+    if not windows:
+        raise ValueError(f"{text}: no document, or none of {WINDOW} tokens, to calibrate on; use a longer text")
+    return Calibration(text.name, torch.stack(windows), progress)
+
+
+def _documents(text: Path) -> Iterator[str]:
     with text.open(encoding="utf-8") as file:
-        whole = text.suffix != ".jsonl"
-        content = file.read() if whole else "\n\n".join(json.loads(line)["text"] for line in file if line.strip())
-    ids = AutoTokenizer.from_pretrained(tokenizer_folder)(
-        content[: 16 * tokens], add_special_tokens=False, verbose=False
-    )["input_ids"]
-    count = min(len(ids), tokens) // WINDOW
-    if not count:
-        raise ValueError(
-            f"{text}: {len(ids)} tokens, less than a window of {WINDOW} to calibrate on; use a longer text"
-        )
-    return Calibration(text.name, torch.tensor(ids[: count * WINDOW]).view(count, WINDOW), progress)
+        if text.suffix != ".jsonl":
+            yield file.read()
+        else:
+            yield from (json.loads(line)["text"] for line in file if line.strip())
 
 
 def check_text(text: str | Path) -> None:

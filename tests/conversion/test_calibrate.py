@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from t2r.model import T2RForCausalLM
 from t2r_conversion import calibrate, convert
-from t2r_conversion.calibrate import fit_routers, ridge, thresholds
+from t2r_conversion.calibrate import calibration_of, fit_routers, ridge, thresholds
 from tests.conversion import tiny
 from tests.tiny import tiny_llama, tiny_text
 
@@ -108,13 +109,23 @@ def test_converted_with_routers(tmp_path, short):
     assert math.isfinite(fit)
 
 
+def test_no_window_spans_two_documents(tmp_path, short):
+    tokenizer = tiny_llama(tmp_path / "source") and AutoTokenizer.from_pretrained(tmp_path / "source")
+    texts = [tiny_text(count, seed=count) for count in (150, 10, 64, 300)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    windows = calibration_of(tmp_path / "text.jsonl", 64 * 5 + 30, tmp_path / "source").windows
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    expected = [ids[0][:64], ids[0][64:128], ids[2], ids[3][:64], ids[3][64:128]]
+    assert windows.tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"start": "routed"}, "give one to calibrate on"),
         ({"calibrate": "text.txt"}, "no effect with start 'window'"),
         ({"start": "routed", "calibrate": "nowhere.txt"}, "no such file to calibrate on"),
-        ({"start": "routed", "calibrate": "text.txt"}, "less than a window of 1024"),
+        ({"start": "routed", "calibrate": "text.txt"}, "none of 1024 tokens"),
         ({"start": "window", "rings": [3, 4]}, "rings belong to start 'routed'"),
     ],
 )
