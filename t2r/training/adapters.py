@@ -29,7 +29,8 @@ def add_adapters(model: T2RForCausalLM, lora: LoraConfig) -> PeftModel:
     """Wrap a model for training. Everything trainable is fp32.
 
     Raises:
-        ValueError: the model has no layer to train, or no linear layer has one of the target names.
+        ValueError: the model has no layer to train, no linear layer has one of the target names, or PEFT does not know
+            an option.
     """
     check_converted(model)
     # Not the head: the teacher speaks through it too. Not what trains in full already.
@@ -41,22 +42,24 @@ def add_adapters(model: T2RForCausalLM, lora: LoraConfig) -> PeftModel:
         raise ValueError(
             f"lora.targets: {', '.join(unknown)} cannot have adapters; choose from {', '.join(sorted(linear))}"
         )
-    wrapped = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=list(lora.targets),
-            modules_to_save=added_modules(model.config),
-        ),
-    )
+    wrapped = peft.get_peft_model(model, _peft_config(lora, added_modules(model.config)))
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     fuse_lora(wrapped)
     return wrapped
+
+
+def _peft_config(lora: LoraConfig, added: list[str]) -> peft.LoraConfig:
+    settings = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "modules_to_save": added}
+    settings |= {"task_type": "CAUSAL_LM", "target_modules": list(lora.targets)}
+    twice = sorted(settings.keys() & lora.options.keys())
+    if twice:
+        raise ValueError(f"lora.options: {', '.join(twice)} cannot be set here; the other keys of lora do it")
+    try:
+        return peft.LoraConfig(**settings, **lora.options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora.options: {' '.join(str(error).split())}") from error
 
 
 def base_of(model: T2RForCausalLM | PeftModel) -> T2RForCausalLM:

@@ -54,6 +54,7 @@ class LoraConfig:
         alpha: the update is scaled by `alpha / r`.
         dropout: on the adapters' input.
         targets: names of the linear layers that get one.
+        options: more of PEFT's `LoraConfig`, as `{use_dora: true}` or `{use_rslora: true}`.
     """
 
     r: int = 16
@@ -62,6 +63,7 @@ class LoraConfig:
     targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

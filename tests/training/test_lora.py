@@ -5,7 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+from t2r.training import merge, run
+from t2r.training.adapters import add_adapters
+from t2r.training.config import LoraConfig
 from t2r.training.lora import fuse_lora
+from tests.model.tiny import student
+from tests.training.tiny import workspace
 
 
 def pair(dropout=0.0, bias=False, **options):
@@ -75,3 +80,19 @@ def test_a_frozen_input_needs_no_gradient():
     _, fused = pair()
     fused(torch.randn(4, 12)).sum().backward()
     assert all(p.grad is not None for p in fused.parameters() if p.requires_grad)
+
+
+def test_other_kinds_of_adapters_come_with_peft(tmp_path, monkeypatch):
+    monkeypatch.setenv("T2R_CACHE", str(tmp_path / "cache"))
+    record = run(workspace(tmp_path), ["lora.options={use_dora: true}", "steps=2", "save_every=10"])
+    assert len(record["history"]) == 2
+    merge(tmp_path / "run", tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"use_dorra": True}, "use_dorra"), ({"r": 3}, "r cannot be set here"), ({"lora_alpha": 3}, "lora_alpha cannot")],
+)
+def test_options_that_peft_does_not_know(options, message):
+    with pytest.raises(ValueError, match=message):
+        add_adapters(student(), LoraConfig(options=options))
