@@ -82,6 +82,7 @@ def setup(
     logging.basicConfig(format="%(message)s")
     for package in ("t2r", "t2r_conversion", "t2r_kernels"):
         logging.getLogger(package).setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells what it does without
 
 
 def main() -> None:
