@@ -16,7 +16,7 @@ from t2r.model.configuration_t2r import LINEAR_ATTENTION, T2RConfig
 from t2r.model.modeling_t2r import T2RDecoderLayer, rotate
 
 WINDOW = 1024  # tokens
-LATER = 24  # a token matters by the queries that come at least so many tokens later
+LATER, FAR = 24, 400  # a token matters by the queries that come so many tokens later: not before, not after
 ENDING = 64  # tokens before a window's end, which hardly any query follows
 RIDGE = 0.01  # per token, on standardised inputs
 SHARE = 0.1  # of the tokens in a ring that deserve the next one
@@ -91,8 +91,9 @@ def fit_routers(
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Routers that foresee how much attention each token will receive.
 
-    A token's importance to a key/value head is the mean softmax attention that it receives from queries at least
-    `LATER` tokens later, summed over the query heads. Its logarithm is regressed (ridge) on the layer's input; the
+    A token's importance to a key/value head is the root mean square, over the queries that come `LATER` to `FAR` tokens
+    later, of the softmax attention that it receives from the query heads: what a few need much counts for more than
+    what many glance at. Its logarithm is regressed (ridge) on the layer's input; the
     thresholds let `SHARE` of the tokens on from each ring to the next. Memory holds one layer at a time, the text's
     hidden states in fp32 and attention of one window and head.
 
@@ -168,7 +169,7 @@ def _attend(attention, x: Tensor, cos: Tensor, sin: Tensor, config: T2RConfig) -
     seen = ahead >= 0
     if config.sliding_window is not None:
         seen &= ahead < config.sliding_window
-    later = ahead >= LATER
+    later = (ahead >= LATER) & (ahead < FAR)
     group = config.num_attention_heads // config.num_key_value_heads
     outputs, received = [], []
     for head in range(config.num_key_value_heads):
@@ -176,7 +177,7 @@ def _attend(attention, x: Tensor, cos: Tensor, sin: Tensor, config: T2RConfig) -
         logits = queries @ k[0, :, head].T * D**-0.5  # [G, L, L]
         weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
         outputs.append((weights @ v[:, head]).transpose(0, 1).flatten(1))  # [L, G * D]
-        received.append((weights.sum(0) * later).sum(0) / later.sum(0).clamp_min(1))
+        received.append(((weights.square().sum(0) * later).sum(0) / later.sum(0).clamp_min(1)).sqrt())
     return attention.o_proj(torch.cat(outputs, 1)), torch.stack(received, 1).clamp_min(1e-9)
 
 

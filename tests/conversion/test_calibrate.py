@@ -17,15 +17,15 @@ from tests.tiny import tiny_llama, tiny_text
 @pytest.fixture
 def short(monkeypatch):
     """Windows that a tiny text fills."""
-    for name, value in {"WINDOW": 64, "LATER": 5, "ENDING": 9}.items():
+    for name, value in {"WINDOW": 64, "LATER": 5, "FAR": 30, "ENDING": 9}.items():
         monkeypatch.setattr(calibrate, name, value)
 
 
 def importance(probabilities):
     """Of each token, from attention `[heads, L, L]` of one group, as it is defined."""
     L = probabilities.shape[1]
-    rows = [[probabilities[:, i, t].sum().item() for i in range(t + 5, L)] for t in range(L)]
-    return torch.tensor([sum(row) / max(1, len(row)) for row in rows])
+    rows = [[probabilities[:, i, t].square().sum().item() for i in range(t + 5, min(t + 30, L))] for t in range(L)]
+    return torch.tensor([(sum(row) / max(1, len(row))) ** 0.5 for row in rows])
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.mistral])
