@@ -110,7 +110,7 @@ def run(path: Path, seed: int, data: Path, work: Path, share: float, overrides: 
         "convert_minutes": round(converted / 60, 2),
         "train_minutes": round(training.get("seconds", 0) / 60, 2),
         "peak_mib": training.get("peak_memory_mib"),
-        "state_bytes": sum(plan.memory()[0][key] for key in ("state", "kept_cache")) if plan else None,
+        "state_bytes": sum(plan.memory()[0][key] for key in ("state", "kept_cache")),
         "overrides": overrides,
         "recipe": recipe,
     }

@@ -49,15 +49,14 @@ def calibration_of(
     """The first windows of a text, each within one document.
 
     Args:
-        text: a `.txt` file, which is one document, or a `.jsonl` file with a `text` in each line.
+        text: a `.txt` file, which is one document, or a `.jsonl` file with a `text` in each line; see `check_text`.
         tokens: how many at most.
         tokenizer_folder: of the source.
         progress: see `Calibration`.
 
     Raises:
-        ValueError: the file is missing, or has no document of a window's length.
+        ValueError: it has no document of a window's length.
     """
-    check_text(text)
     text, windows = Path(text), []
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     for document in _documents(text):
@@ -93,9 +92,9 @@ def fit_routers(
 
     A token's importance to a key/value head is the root mean square, over the queries that come `LATER` to `FAR` tokens
     later, of the softmax attention that it receives from the query heads: what a few need much counts for more than
-    what many glance at. Its logarithm is regressed (ridge) on the layer's input; the
-    thresholds let `SHARE` of the tokens on from each ring to the next. Memory holds one layer at a time, the text's
-    hidden states in fp32 and attention of one window and head.
+    what many glance at. Its logarithm is regressed (ridge) on the layer's input; the thresholds let `SHARE` of the
+    tokens on from each ring to the next. Memory holds one layer at a time, the text's hidden states in fp32 and
+    attention of one window and head.
 
     Args:
         config: of the converted model.
@@ -114,7 +113,7 @@ def fit_routers(
     embedding = _tensor(files, "model.embed_tokens.weight")
     hidden = [embedding[row].float().to(device) for row in windows]  # each [L, hidden]
     del embedding
-    last = max(i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION)
+    last = max((i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION), default=-1)
     fitted, fits = {}, []
     for number in range(last + 1):
         layer, inputs, importance = _layer(softmax, files, number, device), [], []

@@ -136,7 +136,9 @@ class T2RTrainer(Trainer):
         if not self.sharded:
             return super().save_model(output_dir, _internal_call)
         state = whole_state(self.model, self.args.should_save)
-        return self._save(output_dir, state_dict=state) if self.args.should_save else None
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+        return None
 
     def floating_point_ops(self, inputs: dict) -> int:
         """As `flops_per_token` has it; the Trainer would count the parameters anew in each step."""

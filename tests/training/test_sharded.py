@@ -10,14 +10,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from t2r.training.adapters import add_adapters, base_of, select_trained
+from t2r.training.adapters import base_of
 from t2r.training.align import alignment_loss
-from t2r.training.config import LoraConfig, LossConfig, StageConfig
+from t2r.training.config import LossConfig
 from t2r.training.predict import predicted_loss
 from t2r.training.sharded import check_shards, is_sharded, whole_state
 from t2r.training.teachers import OwnTeacher, SeparateTeacher
 from tests.model.tiny import shake, student, tokens
 from tests.model.tiny import teacher as tiny_teacher
+from tests.training.tiny import learnt
 
 
 def setting(trains):
@@ -28,13 +29,7 @@ def setting(trains):
         copy = student(tiny_teacher())
         copy.load_state_dict(model.state_dict())
         return model, SeparateTeacher(copy)
-    model = add_adapters(model, LoraConfig(r=2))
-    select_trained(model, StageConfig())
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.add_(0.1 * torch.randn_like(p))
-    return model, OwnTeacher()
+    return learnt(model), OwnTeacher()
 
 
 def step(model, teacher, rows, sharded, align, reduce=None):

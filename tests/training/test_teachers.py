@@ -6,14 +6,13 @@ from transformers import AutoModelForCausalLM
 
 import t2r.training.trainer
 from t2r.training import load_config, merge, plan_run, run
-from t2r.training.adapters import add_adapters, select_trained
 from t2r.training.align import alignment_loss
-from t2r.training.config import LoraConfig, LossConfig, StageConfig
+from t2r.training.config import LossConfig
 from t2r.training.objective import chunked_loss, token_loss
 from t2r.training.teachers import OwnTeacher, SeparateTeacher
 from tests.model.tiny import shake, student, tokens
 from tests.model.tiny import teacher as tiny_teacher
-from tests.training.tiny import workspace
+from tests.training.tiny import learnt, workspace
 
 TRAINER = t2r.training.trainer.T2RTrainer
 
@@ -46,12 +45,7 @@ def test_a_shared_teacher_is_a_separate_one():
     source, x = converted(), tokens(2, 40)
     copy = student(tiny_teacher())
     copy.load_state_dict(source.state_dict())
-    model = add_adapters(source, LoraConfig(r=2))
-    select_trained(model, StageConfig())
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.add_(0.1 * torch.randn_like(p))
+    model = learnt(source)
     own, separate = (gradients_with(teacher, model, x) for teacher in (OwnTeacher(), SeparateTeacher(copy)))
     for a, b in zip(own, separate, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)

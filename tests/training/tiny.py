@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
+from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from t2r.training.config import TrainConfig
+from t2r.model import T2RForCausalLM
+from t2r.training.adapters import add_adapters, select_trained
+from t2r.training.config import LoraConfig, StageConfig, TrainConfig
 from t2r.training.recipe import load_config
 from tests.model.tiny import student, teacher
 
@@ -54,6 +58,17 @@ def workspace(folder: Path, **overrides) -> Path:
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder / "config.yaml"
+
+
+def learnt(model: T2RForCausalLM) -> PeftModel:
+    """With adapters that have learnt something."""
+    model = add_adapters(model, LoraConfig(r=2))
+    select_trained(model, StageConfig())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    return model
 
 
 def run_on_two_processes(
