@@ -54,7 +54,7 @@ def alignment_loss(
             actual = student.forward(arguments[0].detach(), *arguments[1:], **keywords)
             error = (actual.float() - expected.float()).square().sum(-1)  # [B, T]
             error = error / expected.float().square().sum(-1).clamp_min(1e-12)
-            error = error[counted].sum()
+            error = torch.where(counted, error, 0).sum()
             gradients.extend(torch.autograd.grad(error / len(hooks), mine))
         parameters.extend((student, name) for name in trained[student])
         sums.append(error.detach())

@@ -181,6 +181,8 @@ class TrainConfig:
         use_liger_kernel: norms, rotary embedding and SwiGLU as liger-kernel fuses them; unset: where it is installed
             and there is a GPU.
         torch_compile: compile the decoder layers; the first steps then take a minute. Not of `align`.
+        cuda_graphs: replay each step's forward and backward pass as a CUDA graph; unset: where that serves, with a
+            model of up to 2 billion parameters on one GPU. Not with `gradient_checkpointing`.
         dtype: of the frozen weights: float32, bfloat16, or auto (bfloat16 on CUDA, with autocast; else float32).
         teacher_bits: of a separate teacher's weights (`trains: full`): 8 or 4, through bitsandbytes; None for `dtype`.
         report_to: trackers that transformers knows (tensorboard, wandb, ...).
@@ -206,6 +208,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     use_liger_kernel: bool | None = None
     torch_compile: bool = False
+    cuda_graphs: bool | None = None
     dtype: str = "auto"
     teacher_bits: int | None = None
     report_to: list[str] = field(default_factory=list)

@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from t2r.training.config import DataConfig, SourceConfig
 from t2r.training.documents import check_source, encoder, fingerprint, load_rows, sources_of
-
-IGNORED = -100
+from t2r.training.objective import IGNORED
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,13 @@ SATURATED = 1e-3  # a gate closer than this to 0 or 1 hardly has a gradient
 
 
 @contextmanager
-def gate_statistics(model: T2RForCausalLM | PeftModel) -> Iterator[dict[str, list[float] | float]]:
-    """Watch the forward pass within the context; what it yields holds the figures once the context has ended.
+def watched_gates(model: T2RForCausalLM | PeftModel) -> Iterator[list[torch.Tensor]]:
+    """Watch the forward pass within the context: what it yields gets three figures of each converted layer, `[3]`.
 
+    They are the mean gate α, the share of gates within 0.001 of 0 or 1, and what is written a token, Σ (1 − α).
     Packed rows only: padding would count as tokens.
-
-    `mean` is the mean gate α; `saturated` the share of gates within 0.001 of 0 or 1; `memory` the tokens for which
-    something stays in a slot: slots over what is written a token, Σ (1 − α), all over tokens, heads and layers;
-    `memory_by_layer` the latter for each converted layer.
     """
-    found: dict[str, list[float] | float] = {}
-    figures: list[torch.Tensor] = []  # [3] a layer: mean, saturated, written a token
+    figures: list[torch.Tensor] = []
 
     @torch.no_grad()
     def look(attention, arguments, keywords, _):
@@ -40,11 +36,28 @@ def gate_statistics(model: T2RForCausalLM | PeftModel) -> Iterator[dict[str, lis
     layers = [layer.self_attn for layer in base_of(model).model.layers if layer.self_attn.kind == LINEAR_ATTENTION]
     hooks = [layer.register_forward_hook(look, with_kwargs=True) for layer in layers]
     try:
-        yield found
+        yield figures
     finally:
         for hook in hooks:
             hook.remove()
-    mean, saturated, written = torch.stack(figures).mean(0).tolist()
-    slots = base_of(model).config.num_slots
-    found |= {"mean": mean, "saturated": saturated, "memory": slots / max(written, 1e-9)}
-    found["memory_by_layer"] = [slots / max(x, 1e-9) for x in torch.stack(figures)[:, 2].tolist()]
+
+
+def gate_statistics(figures: torch.Tensor, slots: int) -> dict[str, list[float] | float]:
+    """What was watched, in words that people use.
+
+    Args:
+        figures: of all layers, `[layers, 3]`.
+        slots: of a layer.
+
+    Returns:
+        `mean` and `saturated` as above; `memory`, the tokens for which something stays in a slot: slots over what is
+        written a token; all over tokens, heads and layers. `memory_by_layer`: the latter for each converted layer.
+    """
+    mean, saturated, written = figures.mean(0).tolist()
+    by_layer = [slots / max(x, 1e-9) for x in figures[:, 2].tolist()]
+    return {
+        "mean": mean,
+        "saturated": saturated,
+        "memory": slots / max(written, 1e-9),
+        "memory_by_layer": by_layer,
+    }

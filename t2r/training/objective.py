@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from t2r.training.config import LossConfig
 
+IGNORED = -100  # the target of a position that has none
 LOGITS_AT_ONCE = 2**24  # of one model: 64 MiB in fp32
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""Loss, summed over tokens, of student logits `[n, vocab]`, targets `[n]` and teacher logits (or None)."""
+"""Loss, summed over tokens with a target, of student logits `[n, vocab]`, targets `[n]` and teacher logits or None."""
 
 
 def token_loss(weights: LossConfig) -> TokenLoss:
@@ -21,23 +22,27 @@ def token_loss(weights: LossConfig) -> TokenLoss:
     def loss(student: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
         total = student.new_zeros(())
         if weights.cross_entropy:
-            total = total + weights.cross_entropy * F.cross_entropy(student, targets, reduction="sum")
+            entropy = F.cross_entropy(student, targets, ignore_index=IGNORED, reduction="sum")
+            total = total + weights.cross_entropy * entropy
         if weights.distill:
             kl = divergence(student / heat, teacher / heat, weights.direction, weights.top_k)
-            total = total + weights.distill * heat**2 * kl
+            total = total + weights.distill * heat**2 * torch.where(targets != IGNORED, kl, 0).sum()
         return total
 
     return loss
 
 
 def divergence(student: Tensor, teacher: Tensor, direction: str = "forward", top_k: int | None = None) -> Tensor:
-    """KL divergence between two models' predictions, summed over tokens.
+    """KL divergence between two models' predictions, for each token.
 
     Args:
         student: logits, `[n, vocab]`.
         teacher: logits, `[n, vocab]`.
         direction: `forward` for KL(teacher, student), `reverse` for KL(student, teacher).
         top_k: tell apart only the teacher's this many likeliest tokens; the others count as one.
+
+    Returns:
+        `[n]`.
     """
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     if top_k is not None and top_k < log_p.shape[-1]:
@@ -45,7 +50,7 @@ def divergence(student: Tensor, teacher: Tensor, direction: str = "forward", top
         log_q, log_p = (_lumped(x, best) for x in (log_q, log_p))
     if direction == "reverse":
         log_q, log_p = log_p, log_q
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def _lumped(log_p: Tensor, kept: Tensor) -> Tensor:
@@ -61,6 +66,7 @@ def chunked_loss(
     teacher_hidden: Tensor | None,
     loss: TokenLoss,
     teacher_head: nn.Linear | None = None,
+    dense: bool = False,
 ) -> Tensor:
     """Sum of a loss over all positions with a target, without ever holding the logits of all of them.
 
@@ -73,14 +79,19 @@ def chunked_loss(
         teacher_hidden: the teacher's, like `hidden`, or None.
         loss: of one chunk.
         teacher_head: the teacher's own.
+        dense: compute logits of positions without a target too, which spares the host a look at the labels.
 
     Returns:
         A scalar, fp32.
     """
-    wanted = labels[:, 1:] != -100  # [B, T - 1]
-    targets = labels[:, 1:][wanted]  # [n]
-    states = hidden[:, :-1][wanted]  # [n, hidden]
-    teacher = None if teacher_hidden is None else teacher_hidden[:, :-1][wanted]
+    wanted = (labels[:, 1:] != IGNORED).flatten()  # [B * (T - 1)]
+
+    def chosen(x: Tensor) -> Tensor:  # [B, T - 1, ...] to [n, ...]
+        x = x.flatten(0, 1)
+        return x if dense else x[wanted]
+
+    targets, states = chosen(labels[:, 1:]), chosen(hidden[:, :-1])
+    teacher = None if teacher_hidden is None else chosen(teacher_hidden[:, :-1])
     trained = [p for p in head.parameters() if p.requires_grad]
     teacher_head = teacher_head or head
     total = states.new_zeros((), dtype=torch.float32)

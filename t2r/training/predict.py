@@ -19,6 +19,7 @@ def predicted_loss(
     labels: Tensor,
     weights: LossConfig,
     sharded: bool = False,
+    dense: bool = False,
 ) -> Tensor:
     """Distillation and cross-entropy, summed over all positions with a target.
 
@@ -30,6 +31,7 @@ def predicted_loss(
         labels: targets, `[B, T]`, unshifted, -100 for none.
         weights: of the loss's parts.
         sharded: whether the student's weights are sharded (FSDP2).
+        dense: see `chunked_loss`.
 
     Returns:
         A scalar, fp32.
@@ -43,7 +45,7 @@ def predicted_loss(
 
     def loss(head: nn.Linear, hidden: Tensor) -> Tensor:
         teacher_hidden, teacher_head = reference or (None, None)
-        return chunked_loss(head, hidden, labels, teacher_hidden, per_token, teacher_head)
+        return chunked_loss(head, hidden, labels, teacher_hidden, per_token, teacher_head, dense)
 
     with torch.enable_grad():
         return model(**inputs, loss_from_hidden=loss, use_cache=False).loss

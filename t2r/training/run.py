@@ -20,6 +20,7 @@ from t2r.training.evaluator import EvaluateEvery, Evaluator
 from t2r.training.faults import explained
 from t2r.training.folder import begin_folder, check_folder, is_finished
 from t2r.training.fused import compile_layers, use_liger, wants_liger
+from t2r.training.graphs import wants_graphs
 from t2r.training.plan import Plan, disk_needed, plan_run
 from t2r.training.recipe import dtype_of, load_config
 from t2r.training.report import write_report
@@ -95,6 +96,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     rows = [PackedRows(tokens, stage.config.sequence_length) for stage in stages]
     set_seed(config.seed)
     model, teacher = _student_and_teacher(config, dtype, str(state.device))
+    graphs = wants_graphs(config, model.num_parameters(), dtype, state)
     for network in (model, teacher.model) if isinstance(teacher, SeparateTeacher) else (model,):
         if liger:
             use_liger(network)
@@ -131,7 +133,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
 
         evaluator.prepare()
         watchers.append(EvaluateEvery(evaluator, config.eval.every, keep))
-    record["history"] = _through_stages(model, teacher, config, stages, rows, watchers, bf16, resume, state)
+    record["history"] = _through_stages(model, teacher, config, stages, rows, watchers, bf16, resume, state, graphs)
     whole = {"state_dict": whole_state(model, state.is_main_process)} if is_sharded(model) else {}
     if state.is_main_process:
         model.save_pretrained(output, **whole)
@@ -193,6 +195,7 @@ def _through_stages(
     bf16: bool,
     resume: bool,
     state: PartialState,
+    graphs: bool,
 ) -> list[dict]:
     """Take the model through all stages that are not over; returns the record's history of all."""
     last, checkpoint = where_to_go_on(stages) if resume else (None, None)
@@ -205,7 +208,8 @@ def _through_stages(
         if last and (stage.index < last.index or (here and step_of(here) >= stage.steps)):
             history += _over(stage, model, here)
             continue
-        history += _train(model, teacher, stage, its_rows, training_arguments(config, stage, bf16), watchers, here)
+        args = training_arguments(config, stage, bf16)
+        history += _train(model, teacher, stage, its_rows, args, watchers, here, graphs)
         if state.is_main_process:
             keep_last_checkpoint(stage)
     return history
@@ -219,11 +223,12 @@ def _train(
     args: TrainingArguments,
     watchers: list[ProgressLine | EvaluateEvery],
     checkpoint: Path | None,
+    graphs: bool,
 ) -> list[dict]:
     """Take the model through a stage; returns its part of the record's history."""
     if checkpoint:  # of sharded weights the Trainer takes up what trains in this stage alone
         _take_up(checkpoint, model)
-    trainer = T2RTrainer(model, teacher, stage, rows, args, watchers)
+    trainer = T2RTrainer(model, teacher, stage, rows, args, watchers, graphs)
     if checkpoint:
         check_checkpoint(checkpoint, stage, sharded=trainer.sharded)
     for watcher in watchers:

@@ -2,12 +2,14 @@
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from accelerate import DistributedType
 from peft import PeftModel
+from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from t2r.model import T2RForCausalLM
@@ -16,7 +18,8 @@ from t2r.training.align import alignment_loss
 from t2r.training.config import TrainConfig
 from t2r.training.data import IGNORED, PackedRows, collate
 from t2r.training.flops import flops_per_token, peak_flops
-from t2r.training.gates import gate_statistics
+from t2r.training.gates import gate_statistics, watched_gates
+from t2r.training.graphs import GraphedPass, NotCapturable, padded_bounds
 from t2r.training.predict import predicted_loss
 from t2r.training.sharded import set_policy, whole_state
 from t2r.training.stages import Stage
@@ -33,6 +36,7 @@ class T2RTrainer(Trainer):
         rows: packed training rows.
         args: from `training_arguments`.
         watchers: callbacks.
+        graphs: replay forward and backward passes as CUDA graphs; see `wants_graphs`.
     """
 
     loss_is_scaled_for_ga = True  # we divide by the targets of the whole accumulated batch
@@ -45,14 +49,17 @@ class T2RTrainer(Trainer):
         rows: PackedRows,
         args: TrainingArguments,
         watchers: Sequence[TrainerCallback] = (),
+        graphs: bool = False,
     ):
         select_trained(model, stage.config)
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=collate)
         self.stage, self.teacher = stage, teacher
         self._clock: tuple[float, int] | None = None
-        self._recent: list[tuple[int, list[int], torch.Tensor]] = []  # step, rows and loss since the last log
-        self._misaligned: tuple[torch.Tensor, torch.Tensor] | None = None  # per-layer errors and tokens since then
-        self._gates: dict | None = None  # as they stood in the first forward pass since then
+        self._recent: list[tuple[int, list[int], Tensor]] = []  # step, rows and loss since the last log
+        self._misaligned: tuple[Tensor, Tensor] | None = None  # per-layer errors and tokens since then
+        self._gates: Tensor | None = None  # as they stood in the first forward pass since then, `[layers, 3]`
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._graphed = GraphedPass(self._whole_pass, trained) if graphs else None
         self._peak = peak_flops(self.args.device)
         deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if stage.config.loss.align and deepspeed and deepspeed.zero_stage == 3:
@@ -75,26 +82,34 @@ class T2RTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss per target of the accumulated batch."""
-        labels, rows = inputs.pop("labels"), inputs.pop("rows")
-        student, weights = self.model, self.stage.config.loss
-        with self.accelerator.autocast():  # accelerate's own covers the wrapped model's forward alone
-            if weights.align:
-                loss = weights.align * self._align(student, inputs, labels != IGNORED)
-            else:
-                look = gate_statistics(student) if self._gates is None else nullcontext(self._gates)
-                with look as self._gates:
-                    loss = predicted_loss(model, student, self.teacher, inputs, labels, weights, self.sharded)
-        self._recent.append((self.state.global_step + 1, rows, loss.detach()))
+        rows, look = inputs.pop("rows"), self._gates is None
+        loss, *seen = self._loss(model, inputs, look)
         # `num_items_in_batch` counts the targets of all processes, whose gradients are then averaged.
         loss = loss / num_items_in_batch * self.accelerator.num_processes
+        self._keep(rows, loss, seen)
         return (loss, None) if return_outputs else loss
 
-    def _align(self, student: T2RForCausalLM | PeftModel, inputs: dict, counted: torch.Tensor) -> torch.Tensor:
-        averaged = (lambda x: self.accelerator.reduce(x, "mean")) if self.accelerator.num_processes > 1 else None
-        loss, by_layer = alignment_loss(student, self.teacher, inputs, counted, averaged, self.sharded)
-        before, tokens = self._misaligned or (0.0, 0.0)
-        self._misaligned = before + by_layer, tokens + counted.sum()
-        return loss
+    def _loss(self, model, inputs: dict, look: bool, dense: bool = False) -> tuple[Tensor, ...]:
+        """The loss summed over targets, and what is seen on the way: each layer's error, or how gates stand."""
+        inputs, student, weights = dict(inputs), self.model, self.stage.config.loss
+        labels = inputs.pop("labels")
+        with self.accelerator.autocast():  # accelerate's own covers the wrapped model's forward alone
+            if weights.align:
+                counted = labels != IGNORED
+                average = (lambda x: self.accelerator.reduce(x, "mean")) if self.accelerator.num_processes > 1 else None
+                loss, by_layer = alignment_loss(student, self.teacher, inputs, counted, average, self.sharded)
+                return weights.align * loss, by_layer, counted.sum()
+            with watched_gates(student) if look else nullcontext() as gates:
+                loss = predicted_loss(model, student, self.teacher, inputs, labels, weights, self.sharded, dense)
+            return (loss, torch.stack(gates)) if look else (loss,)
+
+    def _keep(self, rows: list[int], loss: Tensor, seen: Sequence[Tensor]) -> None:
+        """Keep what a pass came to until it is logged."""
+        self._recent.append((self.state.global_step + 1, rows, loss.detach()))
+        if self.stage.config.loss.align:
+            self._misaligned = tuple(a + b for a, b in zip(self._misaligned or (0.0, 0.0), seen, strict=True))
+        elif seen:
+            (self._gates,) = seen
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput, peak memory, gates and the layers' alignment errors; stop when the loss is no number.
@@ -114,8 +129,9 @@ class T2RTrainer(Trainer):
                 logs["mfu"] = logs["tokens_per_second"] * work / (self._peak * self.accelerator.num_processes)
             if self.args.device.type == "cuda":
                 logs["peak_memory_mib"] = torch.cuda.max_memory_allocated(self.args.device) // 2**20
-            if self._gates:
-                logs |= {f"gates/{name}": self._gates[name] for name in ("mean", "saturated", "memory")}
+            if self._gates is not None:
+                gates = gate_statistics(self._gates, base_of(self.model).config.num_slots)
+                logs |= {f"gates/{name}": gates[name] for name in ("mean", "saturated", "memory")}
             if self._misaligned:
                 errors, tokens = (self.accelerator.reduce(x, "sum") for x in self._misaligned)
                 logs |= {f"alignment/{i}": x for i, x in enumerate((errors / tokens).tolist())}
@@ -149,12 +165,43 @@ class T2RTrainer(Trainer):
         if self._clock:
             self._clock = self._clock[0] + seconds, self._clock[1]
 
-    def training_step(self, *args, **kwargs):
-        """As the Trainer's; the first one starts the clock."""
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As the Trainer's, or its passes as a CUDA graph; the first one starts the clock."""
         self._clock = self._clock or (time.perf_counter(), self.state.global_step)
-        looked_into = self.stage.config.loss.align or self._gates is None  # compiled layers would pass over hooks
-        with torch.compiler.set_stance("force_eager") if looked_into else nullcontext():
-            return super().training_step(*args, **kwargs)
+        look = self._gates is None and not self.stage.config.loss.align
+        if self._graphed:
+            try:
+                return self._graphed_step(model, dict(inputs), num_items_in_batch, look)
+            except NotCapturable as error:
+                warnings.warn(f"cuda_graphs: not of this model: {error}", stacklevel=2)
+                self._graphed = None
+        with self._seen_through(look):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _graphed_step(self, model, inputs: dict, num_items_in_batch: Tensor, look: bool) -> Tensor:
+        model.train()
+        rows, _ = inputs.pop("rows"), inputs.pop("max_seqlen")  # a graph is for all lengths
+        inputs = self._prepare_inputs(inputs)
+        inputs["cu_seqlens"] = padded_bounds(inputs["cu_seqlens"], inputs["input_ids"].numel())
+        scale = torch.as_tensor(1 / num_items_in_batch, dtype=torch.float32, device=self.args.device)
+        loss, *seen = self._graphed(inputs | {"scale": scale}, look)
+        self._keep(rows, loss, seen)
+        return loss
+
+    def _whole_pass(self, inputs: dict[str, Tensor], look: bool) -> tuple[Tensor, ...]:
+        """Forward and backward, without a word to the host."""
+        inputs = inputs | {"max_seqlen": self.stage.config.sequence_length}
+        scale = inputs.pop("scale")
+        with self._seen_through(look):
+            loss, *seen = self._loss(self.model_wrapped, inputs, look, dense=True)
+            loss = loss * scale
+            self.accelerator.backward(loss)
+        return loss.detach(), *seen
+
+    def _seen_through(self, look: bool):
+        """A context for a pass: compiled layers would pass over the hooks of one that is looked into."""
+        looked_into = look or self.stage.config.loss.align
+        return torch.compiler.set_stance("force_eager") if looked_into else nullcontext()
 
 
 def training_arguments(config: TrainConfig, stage: Stage, bf16: bool) -> TrainingArguments:
@@ -180,6 +227,7 @@ def training_arguments(config: TrainConfig, stage: Stage, bf16: bool) -> Trainin
         report_to=config.report_to or "none",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
         ddp_find_unused_parameters=False,
         # Alignment keeps one layer's activations at a time as it is. (Newer versions rename the argument.)
         **({"gradient_checkpointing": True} if config.gradient_checkpointing and not align else {}),

@@ -8,7 +8,7 @@ from t2r.model import T2RConfig, T2RForCausalLM
 from t2r.training.adapters import add_adapters
 from t2r.training.config import LoraConfig, LossConfig, StageConfig
 from t2r.training.flops import flops_per_token, matrix_parameters, peak_flops
-from t2r.training.gates import gate_statistics
+from t2r.training.gates import gate_statistics, watched_gates
 from t2r.training.predict import predicted_loss
 from t2r.training.teachers import OwnTeacher
 from tests.model.tiny import shake, student, tokens
@@ -16,9 +16,9 @@ from tests.model.tiny import teacher as tiny_teacher
 
 
 def figures(model, T=64):
-    with torch.no_grad(), gate_statistics(model) as found:
+    with torch.no_grad(), watched_gates(model) as found:
         model(tokens(1, T), use_cache=False)
-    return found
+    return gate_statistics(torch.stack(found), model.config.num_slots)
 
 
 def test_a_window_keeps_for_as_long_as_it_is_wide():
@@ -49,9 +49,9 @@ def test_the_teacher_that_passes_by_does_not_count():
                 p.add_(torch.randn_like(p))
     x, found = tokens(1, 64), []
     for weights in (LossConfig(), LossConfig(distill=0.0, cross_entropy=1.0)):
-        with gate_statistics(model) as of_pass:
+        with watched_gates(model) as of_pass:
             predicted_loss(model, model, OwnTeacher(), {"input_ids": x}, x, weights)
-        found.append(of_pass)
+        found.append(gate_statistics(torch.stack(of_pass), model.config.num_slots))
     assert found[0] == found[1]
     assert len(found[0]["memory_by_layer"]) == 3
 
