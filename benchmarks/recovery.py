@@ -17,7 +17,8 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import Queue
 
@@ -57,19 +58,19 @@ def nlls(model, tokenizer, text: str, share: float) -> dict[int, torch.Tensor]:
     return {length: window_nlls(model, part) for length, part in windows.items()}
 
 
-def teacher_nlls(text: str, work: Path, share: float) -> dict[int, torch.Tensor]:
+def teacher_nlls(source: Path, text: str, work: Path, share: float) -> dict[int, torch.Tensor]:
     """The teacher's, computed once."""
     from t2r.evaluation import load_model, load_tokenizer
 
     path = work / f"teacher-{share}.pt"
     if not path.is_file():
-        found = nlls(load_model(MODEL, dtype="float32"), load_tokenizer(MODEL), text, share)
+        found = nlls(load_model(source, dtype="float32"), load_tokenizer(source), text, share)
         torch.save(found, path.with_suffix(f".{os.getpid()}"))
         path.with_suffix(f".{os.getpid()}").rename(path)
     return torch.load(path)
 
 
-def run(path: Path, seed: int, data: Path, work: Path, share: float, overrides: list[str]) -> dict:
+def run(path: Path, seed: int, source: Path, data: Path, work: Path, share: float, overrides: list[str]) -> dict:
     """Convert, train and measure; returns the row."""
     import t2r_conversion
     from t2r.evaluation import load_model, load_tokenizer, summarise
@@ -81,7 +82,7 @@ def run(path: Path, seed: int, data: Path, work: Path, share: float, overrides: 
     options = dict(recipe.get("convert", {}))
     if options.get("start") == "routed":
         options |= {"calibrate": work / "calibrate.jsonl"}
-    plan = t2r_conversion.convert(MODEL, folder / "converted", overwrite=True, **options)
+    plan = t2r_conversion.convert(source, folder / "converted", overwrite=True, **options)
     converted, record, model = time.perf_counter() - began, {}, folder / "converted"
     if "train" in recipe:
         content = {"model": str(model), "output": str(folder / "run"), "seed": seed, **recipe["train"]}
@@ -92,7 +93,7 @@ def run(path: Path, seed: int, data: Path, work: Path, share: float, overrides: 
         merge(folder / "run", model, overwrite=True)
     text = (data / "wikitext2-valid.txt").read_text(encoding="utf-8")
     student = nlls(load_model(model, dtype="float32"), load_tokenizer(model), text, share)
-    teacher, training = teacher_nlls(text, work, share), record.get("training", {})
+    teacher, training = teacher_nlls(source, text, work, share), record.get("training", {})
     reports = {length: summarise(student[length], teacher[length]) for length in WINDOWS}
     main = reports[1024]
     return {
@@ -116,17 +117,17 @@ def run(path: Path, seed: int, data: Path, work: Path, share: float, overrides: 
     }
 
 
-def in_processes(jobs: list[tuple[Path, int]], options: argparse.Namespace) -> list[dict]:
-    """The rows of all jobs, each run in a process of its own, with a GPU of its own if there are any."""
+def in_processes(jobs: list[tuple[Path, int]], options: argparse.Namespace) -> Iterator[dict]:
+    """The rows of all jobs as they end, each run in a process of its own, on one GPU if there are any."""
     gpus: Queue[str] = Queue()
-    for gpu in range(max(1, torch.cuda.device_count())):
+    for gpu in [*range(max(1, torch.cuda.device_count()))] * options.jobs:
         gpus.put(str(gpu))
 
     def one(job: tuple[Path, int]) -> dict | None:
         path, seed = job
         gpu, log = gpus.get(), options.work / f"{path.stem}-{seed}.log"
         command = [sys.executable, "-m", "benchmarks.recovery", str(path), "--one", "--seed", str(seed)]
-        command += ["--data", options.data, "--work", options.work, "--share", options.share]
+        command += ["--model", options.model, "--data", options.data, "--work", options.work, "--share", options.share]
         command += [word for override in options.set for word in ("--set", override)]
         try:
             with log.open("w") as errors:
@@ -140,13 +141,17 @@ def in_processes(jobs: list[tuple[Path, int]], options: argparse.Namespace) -> l
         return json.loads(done.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor(gpus.qsize()) as pool:
-        return [row for row in pool.map(one, jobs) if row]
+        for done in as_completed([pool.submit(one, job) for job in jobs]):
+            if done.result():
+                yield done.result()
 
 
 def main() -> None:
     """Run recipes, and keep their rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="+", type=Path)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on each GPU")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -157,21 +162,23 @@ def main() -> None:
     options = parser.parse_args()
     seeds = options.seed or [0]
     if options.one:
-        row = run(options.recipes[0], seeds[0], options.data, options.work, options.share, options.set)
+        paths = options.model, options.data, options.work
+        row = run(options.recipes[0], seeds[0], *paths, options.share, options.set)
         print(json.dumps(row))
         return
     prepare(options.data, options.work)
-    new = in_processes([(path, seed) for path in options.recipes for seed in seeds], options)
-    earlier = options.out / "recovery.json"
-    rows = json.loads(earlier.read_text(encoding="utf-8"))["rows"] if earlier.is_file() else []
-    replaced = {(row["name"], row["seed"]) for row in new}
-    rows = [row for row in rows if (row["name"], row.get("seed")) not in replaced] + new
-    table = Table("recipe", "seed", "tokens", "ratio", *new[0]["bands"] if new else (), "4,096")
+    kept, new = options.out / "recovery.json", []
+    rows = json.loads(kept.read_text(encoding="utf-8"))["rows"] if kept.is_file() else []
+    for row in in_processes([(path, seed) for path in options.recipes for seed in seeds], options):
+        new.append(row)
+        rows = [old for old in rows if (old["name"], old.get("seed")) != (row["name"], row["seed"])] + [row]
+        write_results("recovery", rows, options.out)
+    table = Table("recipe", "seed", "tokens", "ratio", *(new[0]["bands"] if new else ()), "4,096")
     for row in new:
         figures = [f"{x:.3f}" for x in (row["ours"], *row["bands"].values(), row["ratio_4096"])]
         table.add_row(row["name"], str(row["seed"]), f"{row['tokens']:,}", *figures)
     Console().print(table)
-    print(write_results("recovery", rows, options.out), file=sys.stderr)
+    print(kept, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ def convert(
     check_space(out, sum(tensor.bytes for tensor in plan.having("copied", "new")))
     with open_source(headers, scratch=out.with_name(f".{out.name}.unpacked")) as opened:
         plan = plan_conversion(opened, **options)
-        fit = calibrate and calibration_of(calibrate, calibration_tokens, opened.folder, calibrating)
+        choose = rings is None
+        fit = calibrate and calibration_of(calibrate, calibration_tokens, opened.folder, choose, calibrating)
         write(plan, out, overwrite=overwrite, progress=progress, calibration=fit)
     return plan

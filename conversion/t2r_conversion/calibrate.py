@@ -14,12 +14,16 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from t2r.model.configuration_t2r import LINEAR_ATTENTION, T2RConfig
 from t2r.model.modeling_t2r import T2RDecoderLayer, rotate
+from t2r.model.positions import Positions
+from t2r.model.rings import ring_schedule
 
 WINDOW = 1024  # tokens
 LATER, FAR = 24, 400  # a token matters by the queries that come so many tokens later: not before, not after
 ENDING = 64  # tokens before a window's end, which hardly any query follows
 RIDGE = 0.01  # per token, on standardised inputs
-SHARE = 0.1  # of the tokens in a ring that deserve the next one
+SHARES = (0.05, 0.1, 0.2, 0.4)  # of the tokens in a ring that deserve the next one, to choose from
+SHORT = (0.13, 0.27, 0.4, 0.53, 0.73)  # of the slots that rings share, those in the short one, to choose from
+CHOOSING, QUERIES = 6, 4  # windows that the choice looks at; every so many queries of them
 
 Progress = Callable[[int, int], None]
 
@@ -31,11 +35,13 @@ class Calibration:
     Attributes:
         text: name of the file.
         windows: its tokens, `[windows, WINDOW]`.
+        choose: whether sizes of rings are chosen, layer by layer.
         progress: called with the layers done and in all after each.
     """
 
     text: str
     windows: Tensor
+    choose: bool = True
     progress: Progress | None = None
 
     def as_dict(self) -> dict[str, str | int]:
@@ -44,7 +50,7 @@ class Calibration:
 
 
 def calibration_of(
-    text: str | Path, tokens: int, tokenizer_folder: Path, progress: Progress | None = None
+    text: str | Path, tokens: int, tokenizer_folder: Path, choose: bool = True, progress: Progress | None = None
 ) -> Calibration:
     """The first windows of a text, each within one document.
 
@@ -52,6 +58,7 @@ def calibration_of(
         text: a `.txt` file, which is one document, or a `.jsonl` file with a `text` in each line; see `check_text`.
         tokens: how many at most.
         tokenizer_folder: of the source.
+        choose: see `Calibration`.
         progress: see `Calibration`.
 
     Raises:
@@ -67,7 +74,7 @@ def calibration_of(
         windows += torch.tensor(ids).split(WINDOW)[: min(wanted, len(ids) // WINDOW)]
     if not windows:
         raise ValueError(f"{text}: no document, or none of {WINDOW} tokens, to calibrate on; use a longer text")
-    return Calibration(text.name, torch.stack(windows), progress)
+    return Calibration(text.name, torch.stack(windows), choose, progress)
 
 
 def _documents(text: Path) -> Iterator[str]:
@@ -84,42 +91,58 @@ def check_text(text: str | Path) -> None:
         raise ValueError(f"{text}: no such file to calibrate on")
 
 
+@dataclass(frozen=True)
+class Fit:
+    """Fitted routers.
+
+    Attributes:
+        tensors: by name, fp32.
+        r_squared: of each routed layer.
+        rings: sizes of each layer's rings, of those without a router as they were.
+        errors: squared distance of each routed layer's output from its softmax attention's, relative to that one's
+            squared length, mean over heads: what is lost where contexts are longer than `num_slots`.
+    """
+
+    tensors: dict[str, Tensor]
+    r_squared: list[float]
+    rings: list[list[int]]
+    errors: list[float]
+
+
 @torch.no_grad()
 def fit_routers(
-    config: T2RConfig, files: dict[str, Path], windows: Tensor, progress: Progress | None = None
-) -> tuple[dict[str, Tensor], list[float]]:
+    config: T2RConfig, files: dict[str, Path], windows: Tensor, choose: bool = True, progress: Progress | None = None
+) -> Fit:
     """Routers that foresee how much attention each token will receive.
 
     A token's importance to a key/value head is the root mean square, over the queries that come `LATER` to `FAR` tokens
     later, of the softmax attention that it receives from the query heads: what a few need much counts for more than
-    what many glance at. Its logarithm is regressed (ridge) on the layer's input; the thresholds let `SHARE` of the
-    tokens on from each ring to the next. Memory holds one layer at a time, the text's hidden states in fp32 and
-    attention of one window and head.
+    what many glance at. Its logarithm is regressed (ridge) on the layer's input. How many tokens go on from each ring
+    to the next, and the rings' sizes, are those of `SHARES` and `SHORT` that distort the layer's output least. Memory
+    holds one layer at a time, the text's hidden states in fp32 and attention of one window and head.
 
     Args:
         config: of the converted model.
         files: which safetensors file holds each of the source's tensors.
         windows: tokens, `[windows, length]`.
+        choose: whether the sizes of rings are to be chosen, or stay as in `config`.
         progress: called with the layers done and in all after each.
-
-    Returns:
-        The routers' tensors by name, fp32; and each routed layer's R².
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     softmax = copy(config)
     softmax.layer_types = [config.softmax_type] * config.num_hidden_layers
     rope = LlamaRotaryEmbedding(config).to(device)
-    cos, sin = rope(torch.zeros(1, device=device), torch.arange(windows.shape[1], device=device)[None])
+    rotation = rope(torch.zeros(1, device=device), torch.arange(windows.shape[1], device=device)[None])
     embedding = _tensor(files, "model.embed_tokens.weight")
     hidden = [embedding[row].float().to(device) for row in windows]  # each [L, hidden]
     del embedding
     last = max((i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION), default=-1)
-    fitted, fits = {}, []
+    fit = Fit({}, [], [list(config.rings_of(i)) for i in range(config.num_hidden_layers)], [])
     for number in range(last + 1):
         layer, inputs, importance = _layer(softmax, files, number, device), [], []
         for i, x in enumerate(hidden):
             normed = layer.input_layernorm(x)
-            attended, received = _attend(layer.self_attn, normed, cos, sin, softmax)
+            attended, received = _attend(layer.self_attn, normed, rotation, softmax)
             inputs.append(normed)
             importance.append(received)
             x = x + attended
@@ -127,14 +150,79 @@ def fit_routers(
         if config.layer_types[number] == LINEAR_ATTENTION:
             counted = slice(config.num_sinks, windows.shape[1] - ENDING)
             x, y = (torch.cat([part[counted] for part in parts]) for parts in (inputs, importance))
-            weight, fit = ridge(x, y.log())
+            weight, r_squared = ridge(x, y.log())
+            candidates = _candidates(fit.rings[number], choose)
+            heads = [_heads(layer.self_attn, x, rotation, softmax) for x in inputs[:CHOOSING]]
+            scores = [x @ weight.T for x in inputs]
+            limits = [thresholds(x @ weight.T, len(rings) - 1, share) for rings, share in candidates]
+            errors = distortion(heads, scores, limits, [rings for rings, _ in candidates], config)
+            best = int(errors.argmin())
             name = f"model.layers.{number}.self_attn.router."
-            fitted[name + "weight"] = weight.cpu()
-            fitted[name + "thresholds"] = thresholds(x @ weight.T, len(config.rings) - 1).cpu()
-            fits.append(fit)
+            fit.tensors[name + "weight"] = weight.cpu()
+            fit.tensors[name + "thresholds"] = limits[best].cpu()
+            fit.rings[number] = candidates[best][0]
+            fit.r_squared.append(r_squared)
+            fit.errors.append(errors[best].item())
         if progress is not None:
             progress(number + 1, last + 1)
-    return fitted, fits
+    return fit
+
+
+def _candidates(rings: list[int], choose: bool) -> list[tuple[list[int], float]]:
+    """Sizes of rings, and the share of tokens that each ring lets on."""
+    sizes, slots = [list(rings)], sum(rings)
+    if choose and len(rings) == 2:
+        shorts = sorted({min(max(1, round(slots * part)), slots - 1) for part in SHORT})
+        sizes = [[short, slots - short] for short in shorts]
+    return [(each, share) for each in sizes for share in SHARES]
+
+
+def distortion(
+    heads: list[Iterator[tuple[Tensor, Tensor]]],
+    scores: list[Tensor],
+    limits: list[Tensor],
+    rings: list[list[int]],
+    config: T2RConfig,
+) -> Tensor:
+    """How far attention to what the slots hold is from attention to everything, for several ways to route.
+
+    Args:
+        heads: for each window, attention weights `[G, L, L]` and values `[L, D]` of each key/value head.
+        scores: routers' scores of each window's tokens, `[L, H]`.
+        limits: of each way, the thresholds `[H, rings - 1]`.
+        rings: of each way, the sizes.
+        config: of the converted model.
+
+    Returns:
+        Squared distance relative to the squared length, mean over heads and windows, `[ways]`.
+    """
+    L, device = len(scores[0]), scores[0].device
+    positions = Positions.resolve(torch.empty(1, L, 1, device=device), None, None, None, 0)
+    queries = torch.arange(config.num_slots, L, QUERIES, device=device)
+    errors = []
+    for of_window, score in zip(heads, scores, strict=False):
+        until = []
+        for limit, sizes in zip(limits, rings, strict=True):
+            choice = (score.unsqueeze(-1) > limit).sum(-1)  # [L, H]
+            until.append(lifetimes(ring_schedule(choice[None], positions, config, sizes)[0][0]))
+        for head, (weights, v) in enumerate(of_window):
+            weights = weights[:, queries]  # [G, Q, L]
+            expected = weights @ v
+            for ends in until:
+                held = weights * (queries[:, None] < ends[:, head])
+                distance = (held @ v) / held.sum(-1, keepdim=True).clamp_min(1e-9) - expected
+                errors.append(distance.square().sum() / expected.square().sum())
+    return torch.stack(errors).view(-1, len(rings)).mean(0)
+
+
+def lifetimes(slots: Tensor) -> Tensor:
+    """The position at which another token takes over each token's slot: `[L, H]` to `[L, H]`, L for none."""
+    L = len(slots)
+    order = slots.argsort(stable=True, dim=0)  # [L, H]: by slot, then by position
+    sorted_slots = slots.gather(0, order)
+    successor = torch.full_like(order, L)
+    successor[:-1] = torch.where(sorted_slots[1:] == sorted_slots[:-1], order[1:], L)
+    return torch.empty_like(order).scatter_(0, order, successor)
 
 
 def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
@@ -153,29 +241,41 @@ def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
     return (weight.T / scale).float(), fit
 
 
-def thresholds(scores: Tensor, count: int) -> Tensor:
-    """Scores that `SHARE` of all tokens exceed, `SHARE` of these, and so on: `[n, heads]` to `[heads, count]`."""
-    ranks = torch.tensor([1 - SHARE**i for i in range(1, count + 1)], device=scores.device)
+def thresholds(scores: Tensor, count: int, share: float) -> Tensor:
+    """Scores that a share of all tokens exceeds, that share of these, and so on: `[n, heads]` to `[heads, count]`."""
+    ranks = torch.tensor([1 - share**i for i in range(1, count + 1)], device=scores.device)
     return torch.stack([torch.quantile(head, ranks) for head in scores.T])
 
 
-def _attend(attention, x: Tensor, cos: Tensor, sin: Tensor, config: T2RConfig) -> tuple[Tensor, Tensor]:
-    """Softmax attention of one window `[L, hidden]`; and what each token and head receives later, `[L, H]`."""
+def _heads(attention, x: Tensor, rotation: tuple[Tensor, Tensor], config: T2RConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """Softmax attention of one window `[L, hidden]`: weights `[G, L, L]` and values `[L, D]` of each key/value head."""
     L, D = len(x), config.head_dim
-    q, k = rotate(attention.q_proj(x).view(1, L, -1, D), attention.k_proj(x).view(1, L, -1, D), cos, sin)
+    q, k = rotate(attention.q_proj(x).view(1, L, -1, D), attention.k_proj(x).view(1, L, -1, D), *rotation)
     v = attention.v_proj(x).view(L, -1, D)
-    ahead = torch.arange(L, device=x.device)[:, None] - torch.arange(L, device=x.device)  # query less key
+    ahead = _ahead(x)
     seen = ahead >= 0
     if config.sliding_window is not None:
         seen &= ahead < config.sliding_window
-    later = (ahead >= LATER) & (ahead < FAR)
     group = config.num_attention_heads // config.num_key_value_heads
-    outputs, received = [], []
     for head in range(config.num_key_value_heads):
         queries = q[0, :, head * group : (head + 1) * group].transpose(0, 1)  # [G, L, D]
         logits = queries @ k[0, :, head].T * D**-0.5  # [G, L, L]
-        weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
-        outputs.append((weights @ v[:, head]).transpose(0, 1).flatten(1))  # [L, G * D]
+        yield logits.masked_fill(~seen, float("-inf")).softmax(-1), v[:, head]
+
+
+def _ahead(x: Tensor) -> Tensor:
+    """How far each query is ahead of each key, `[L, L]`."""
+    places = torch.arange(len(x), device=x.device)
+    return places[:, None] - places
+
+
+def _attend(attention, x: Tensor, rotation: tuple[Tensor, Tensor], config: T2RConfig) -> tuple[Tensor, Tensor]:
+    """Softmax attention of one window `[L, hidden]`; and what each token and head receives later, `[L, H]`."""
+    ahead = _ahead(x)
+    later = (ahead >= LATER) & (ahead < FAR)
+    outputs, received = [], []
+    for weights, v in _heads(attention, x, rotation, config):
+        outputs.append((weights @ v).transpose(0, 1).flatten(1))  # [L, G * D]
         received.append(((weights.square().sum(0) * later).sum(0) / later.sum(0).clamp_min(1)).sqrt())
     return attention.o_proj(torch.cat(outputs, 1)), torch.stack(received, 1).clamp_min(1e-9)
 

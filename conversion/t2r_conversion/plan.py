@@ -133,7 +133,8 @@ def plan_conversion(
         keep_softmax: numbers of the layers that stay softmax attention.
         gate_write: window start: `T2RConfig.gate_write_logit`.
         gate_keep: window start: `T2RConfig.gate_keep_logit`.
-        rings: routed start: sizes of its rings; None for two that suit the number of slots.
+        rings: routed start: sizes of its rings; None for two, whose sizes are chosen for each layer when routers are
+            fitted.
 
     Raises:
         ValueError: an argument is out of range, or tensors are missing, unexpected, or of a wrong shape or dtype

@@ -59,10 +59,9 @@ def write(
     with made_whole(out) as partial:
         check_space(out, _bytes_to_write(plan))
         partial.mkdir(parents=True)
-        fits = _write_weights(plan, partial, progress or (lambda _done, _total: None), calibration)
+        about = _write_weights(plan, partial, progress or (lambda _done, _total: None), calibration)
         copy_small_files(plan.source.folder, partial)
         (partial / "config.json").write_text(plan.config.to_json_string(), encoding="utf-8")
-        about = calibration.as_dict() | {"r_squared": [round(fit, 4) for fit in fits]} if calibration else None
         write_record(partial, {"conversion": _record(plan) | ({"calibration": about} if about else {})})
 
 
@@ -142,8 +141,11 @@ def _bytes_to_write(plan: Plan) -> int:
     return weights + sum(file.stat().st_size for file in small_files(plan.source.folder))
 
 
-def _write_weights(plan: Plan, folder: Path, progress: Progress, calibration: Calibration | None) -> list[float]:
-    """All shards and the index; returns how well the routers fit, layer by layer, if there are any."""
+def _write_weights(plan: Plan, folder: Path, progress: Progress, calibration: Calibration | None) -> dict:
+    """All shards and the index; returns what to record of the routers, layer by layer, if there are any.
+
+    Sizes of rings that were chosen are then in the plan's configuration.
+    """
     shards = sorted({tensor.shard for tensor in plan.having("copied")})
     spoilt = {tensor.shard for tensor in plan.having("dropped")}
     new = plan.having("new")
@@ -161,15 +163,18 @@ def _write_weights(plan: Plan, folder: Path, progress: Progress, calibration: Ca
             shutil.copyfile(plan.source.folder / shard, folder / targets[shard])
         done += sum(tensor.bytes for tensor in kept)
         progress(done, total)
-    fitted, fits = {}, []
+    fitted, about = {}, {}
     if calibration:
         files = {tensor.name: folder / targets[tensor.shard] for tensor in plan.having("copied")}
-        fitted, fits = fit_routers(plan.config, files, calibration.windows, calibration.progress)
+        fit = fit_routers(plan.config, files, calibration.windows, calibration.choose, calibration.progress)
+        fitted, plan.config.rings = fit.tensors, fit.rings if calibration.choose else plan.config.rings
+        figures = {"r_squared": fit.r_squared, "errors": fit.errors}
+        about = calibration.as_dict() | {name: [round(x, 4) for x in each] for name, each in figures.items()}
     if new:
         _write_new(new, folder / targets[None], fitted)
         progress(total, total)
     _write_index(plan, targets, folder / INDEX)
-    return fits
+    return about
 
 
 def _copy_tensors(source: Path, target: Path, names: set[str]) -> None:

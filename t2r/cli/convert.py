@@ -23,7 +23,10 @@ def convert(
         str | None, typer.Option(metavar="TEXT", help="Routed start: the file that routers are fitted to.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Routed start: of that file, at most.")] = 32768,
-    rings: Annotated[str, typer.Option(metavar="24,36", help="Routed start: sizes of the rings of slots.")] = "",
+    rings: Annotated[
+        str,
+        typer.Option(metavar="24,36", help="Routed start: sizes of the rings of slots, if not chosen for each layer."),
+    ] = "",
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     json: Json = False,

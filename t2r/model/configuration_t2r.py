@@ -32,7 +32,8 @@ class T2RConfig(PreTrainedConfig):
         start: how the layers were started, "window", "routed" or "paper" (see `t2r.model.starts`).
         num_slots: slots M of each key/value head.
         num_sinks: window and routed start: slots that keep the first tokens for ever.
-        rings: routed start: sizes of the rings that the other slots form, at least two of them.
+        rings: routed start: sizes of the rings that the other slots form, at least two of them; or a list of such
+            sizes for each layer, all of as many rings.
         gate_write_logit: these too: the scheduled slot's gate is `sigmoid(-gate_write_logit)` at the start.
         gate_keep_logit: these too: the other slots' gates are `sigmoid(gate_keep_logit)` at the start.
         gate_logit_normalizer: paper start: the temperature τ of the gates, `sigmoid(x) ** (1 / τ)`.
@@ -73,7 +74,7 @@ class T2RConfig(PreTrainedConfig):
     start: str = "window"
     num_slots: int = 64
     num_sinks: int = 4
-    rings: list[int] | None = None
+    rings: list[int] | list[list[int]] | None = None
     gate_write_logit: float = 7.0
     gate_keep_logit: float = 12.0
     gate_logit_normalizer: float = 8.0
@@ -93,6 +94,18 @@ class T2RConfig(PreTrainedConfig):
         rope = (self.rope_parameters or {}).get("rope_type", "default")
         if rope not in ("default", *ROPE_INIT_FUNCTIONS):
             raise ValueError(f"rope_type {rope!r} is not one that transformers knows: {', '.join(ROPE_INIT_FUNCTIONS)}")
+
+    def rings_of(self, layer: int) -> list[int]:
+        """Sizes of a layer's rings.
+
+        Raises:
+            ValueError: `rings` names each layer's, and not this one's.
+        """
+        if not isinstance(self.rings[0], list | tuple):
+            return self.rings
+        if len(self.rings) != self.num_hidden_layers:
+            raise ValueError(f"rings name {len(self.rings)} layers, num_hidden_layers is {self.num_hidden_layers}")
+        return self.rings[layer]
 
     @property
     def softmax_type(self) -> str:
@@ -146,11 +159,15 @@ class T2RConfig(PreTrainedConfig):
             return
         if self.rings is None:
             self.rings = default_rings(self.num_slots, self.num_sinks)
-        if len(self.rings) < 2 or min(self.rings) < 1 or self.num_sinks + sum(self.rings) != self.num_slots:
-            raise ValueError(
-                f"rings must be two or more and together be num_slots - num_sinks = {self.num_slots - self.num_sinks} "
-                f"slots, got {self.rings}"
-            )
+        each = [self.rings_of(layer) for layer in range(self.num_hidden_layers)]
+        for rings in each:
+            if len(rings) < 2 or min(rings) < 1 or self.num_sinks + sum(rings) != self.num_slots:
+                raise ValueError(
+                    "rings must be two or more and together be num_slots - num_sinks = "
+                    f"{self.num_slots - self.num_sinks} slots, got {rings}"
+                )
+        if len({len(rings) for rings in each}) > 1:
+            raise ValueError("rings must be as many in each layer")
 
 
 def default_rings(num_slots: int, num_sinks: int) -> list[int]:

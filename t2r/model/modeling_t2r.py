@@ -146,7 +146,8 @@ class T2RAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The slot that each token takes over, `[B, T, H]`; a routed layer chooses it, and counts (see `rings`)."""
         if self.start.routed:
-            return ring_schedule(self.router(hidden_states), positions, self.config, written)
+            rings = self.config.rings_of(self.layer_idx)
+            return ring_schedule(self.router(hidden_states), positions, self.config, rings, written)
         return slots.unsqueeze(-1).expand(*slots.shape, self.config.num_key_value_heads), None
 
     def _softmax(self, q, k, v, positions, rope, attention_mask, past_key_values, **kwargs) -> Tensor:

@@ -35,18 +35,19 @@ class Router(nn.Module):
 def router_shapes(config: T2RConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of a router's buffers: the scores' weight, and for each ring but the first the score that leads there."""
     heads = config.num_key_value_heads
-    return {"weight": (heads, config.hidden_size), "thresholds": (heads, len(config.rings) - 1)}
+    return {"weight": (heads, config.hidden_size), "thresholds": (heads, len(config.rings_of(0)) - 1)}
 
 
 def ring_schedule(
-    choice: Tensor, positions: Positions, config: T2RConfig, written: Tensor | None = None
+    choice: Tensor, positions: Positions, config: T2RConfig, rings: list[int], written: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The slot that each token takes over.
 
     Args:
         choice: number of each token's ring, `[B, T, H]`.
         positions: of the pass.
-        config: with `rings`.
+        config: of the model.
+        rings: sizes of the layer's rings.
         written: tokens that have gone into each ring before this pass, `[B, H, rings]`; None at a sequence's start.
 
     Returns:
@@ -58,7 +59,7 @@ def ring_schedule(
         routed = routed & ~positions.padding.unsqueeze(-1)
     slot = position.expand_as(choice)
     counts, first = [], config.num_sinks
-    for ring, size in enumerate(config.rings):
+    for ring, size in enumerate(rings):
         mine = routed & (choice == ring)  # [B, T, H]
         count = mine.cumsum(1)  # with this token
         if positions.cu_seqlens is not None:  # less what other documents had: at their first token nothing is routed

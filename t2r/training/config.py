@@ -100,6 +100,7 @@ class OptimConfig:
         warmup_steps: optimizer steps of linear warm-up.
         weight_decay: on what `lr` is for; the added parameters have none.
         max_grad_norm: gradients are clipped to this norm.
+        eps: keeps steps small where gradients are smaller than it: lower than 1e-8 for gates that hold firmly.
     """
 
     lr: float = 1e-3
@@ -108,6 +109,7 @@ class OptimConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    eps: float = 1e-8
 
 
 @dataclass

@@ -217,6 +217,7 @@ def training_arguments(config: TrainConfig, stage: Stage, bf16: bool) -> Trainin
         warmup_steps=optim.warmup_steps,
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
+        adam_epsilon=optim.eps,
         bf16=bf16,
         save_steps=config.save_every,
         save_total_limit=config.save_limit,

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from t2r.model import T2RForCausalLM
+from t2r.model.positions import Positions
 from t2r_conversion import calibrate, convert
-from t2r_conversion.calibrate import calibration_of, fit_routers, ridge, thresholds
+from t2r_conversion.calibrate import calibration_of, distortion, fit_routers, lifetimes, ridge, thresholds
 from tests.conversion import tiny
 from tests.tiny import tiny_llama, tiny_text
 
@@ -17,7 +18,7 @@ from tests.tiny import tiny_llama, tiny_text
 @pytest.fixture
 def short(monkeypatch):
     """Windows that a tiny text fills."""
-    for name, value in {"WINDOW": 64, "LATER": 5, "FAR": 30, "ENDING": 9}.items():
+    for name, value in {"WINDOW": 64, "LATER": 5, "FAR": 30, "ENDING": 9, "QUERIES": 1}.items():
         monkeypatch.setattr(calibrate, name, value)
 
 
@@ -48,7 +49,7 @@ def test_streamed_layers_see_what_the_whole_model_sees(make, tmp_path, short, mo
     shard = next((tmp_path / "source").glob("*.safetensors"))
     config = model.config
     config.start, config.rings, config.num_sinks = "routed", [3, 4], 1
-    fit_routers(config, dict.fromkeys(tiny.load_all(source), shard), windows)
+    fit_routers(config, dict.fromkeys(tiny.load_all(source), shard), windows, choose=False)
     counted = slice(1, 64 - 9)
     for (x, y), given, probabilities in zip(seen, inputs, attention, strict=True):
         assert torch.allclose(x, given[:, counted].flatten(0, 1), atol=1e-3, rtol=1e-3)
@@ -81,9 +82,41 @@ def test_ridge_finds_a_linear_law():
 
 def test_thresholds_let_a_share_on():
     scores = torch.randn(10000, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0])
-    found = thresholds(scores, 2)  # [heads, 2]
+    found = thresholds(scores, 2, 0.1)  # [heads, 2]
     for i, share in enumerate((0.1, 0.01)):
         assert ((scores > found[:, i]).float().mean(0) - share).abs().max() < 0.002
+
+
+def test_a_token_lives_until_its_slot_is_taken():
+    slots = torch.tensor([[0, 1, 0, 2, 1, 0], [0, 0, 1, 1, 1, 2]], dtype=torch.int32).T  # [L, H]
+    assert lifetimes(slots).T.tolist() == [[2, 4, 5, 6, 6, 6], [1, 6, 3, 4, 6, 6]]
+
+
+def test_distortion_is_that_of_the_layer(tmp_path, short):
+    """Beside the layer itself, with gates that write and keep fully."""
+    source = tmp_path / "source"
+    tiny_llama(source)
+    options = {"start": "routed", "num_slots": 12, "num_sinks": 2, "rings": [4, 6]}
+    (tmp_path / "text.txt").write_text(tiny_text(400))
+    convert(source, tmp_path / "out", calibrate=tmp_path / "text.txt", gate_write=30.0, gate_keep=30.0, **options)
+    model = T2RForCausalLM.from_pretrained(tmp_path / "out")
+    layer, config = model.model.layers[0].self_attn, model.config
+    x = torch.randn(1, 64, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    positions = Positions.resolve(x, None, None, None, 0)
+    rope, outputs, kept = model.model.rotary_emb(x, positions.ids), [], []
+    layer.o_proj.register_forward_hook(lambda _, arguments, __: outputs.append(arguments[0]))
+    with torch.no_grad():
+        layer(x, positions=positions, slots=None, rope=rope, attention_mask=None, past_key_values=None)
+        heads = list(calibrate._heads(layer, x[0], rope, config))
+        score, limit = x[0] @ layer.router.weight.T, layer.router.thresholds
+        (actual,) = distortion([iter(heads)], [score], [limit], [[4, 6]], config)
+    for head, (weights, v) in enumerate(heads):
+        expected = (weights @ v)[:, 12:]  # [G, Q, D]
+        mine = outputs[0][0, 12:].unflatten(-1, (config.num_attention_heads, -1)).transpose(0, 1)
+        mine = mine.unflatten(0, (config.num_key_value_heads, -1))[head]
+        kept.append((mine - expected).square().sum() / expected.square().sum())
+    assert actual.item() == pytest.approx(torch.stack(kept).mean().item(), rel=1e-3)
+    assert actual > 1e-3
 
 
 def test_converted_with_routers(tmp_path, short):
@@ -105,8 +138,27 @@ def test_converted_with_routers(tmp_path, short):
     assert record["rings"] == [4, 6]
     assert record["calibration"]["text"] == "text.txt"
     assert record["calibration"]["tokens"] == 192
-    (fit,) = record["calibration"]["r_squared"]
-    assert math.isfinite(fit)
+    for figures in (record["calibration"]["r_squared"], record["calibration"]["errors"]):
+        assert len(figures) == 1
+        assert math.isfinite(figures[0])
+
+
+def test_sizes_of_rings_are_chosen(tmp_path, short):
+    tiny_llama(tmp_path / "source")
+    (tmp_path / "text.txt").write_text(tiny_text(400))
+    options = {"start": "routed", "num_slots": 14, "num_sinks": 2, "calibrate": tmp_path / "text.txt"}
+    plan = convert(tmp_path / "source", tmp_path / "out", calibration_tokens=400, keep_softmax=[1], **options)
+    assert [sum(rings) for rings in plan.config.rings] == [12] * plan.config.num_hidden_layers
+    model = T2RForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.rings == plan.config.rings
+    record = json.loads((tmp_path / "out" / "t2r_record.json").read_text())["conversion"]
+    assert record["rings"] == plan.config.rings
+    least = record["calibration"]["errors"]
+    for rings in ([2, 10], [6, 6], [10, 2]):
+        options = {"rings": rings, "keep_softmax": [1], "calibration_tokens": 400} | options
+        convert(tmp_path / "source", tmp_path / "fixed", overwrite=True, **options)
+        record = json.loads((tmp_path / "fixed" / "t2r_record.json").read_text())["conversion"]
+        assert record["calibration"]["errors"][0] >= least[0] - 1e-4
 
 
 def test_no_window_spans_two_documents(tmp_path, short):

@@ -10,7 +10,8 @@ from t2r.model.positions import Positions
 from t2r.model.rings import ring_schedule
 from tests.model.tiny import SHAPE, shake, student
 
-CONFIG = T2RConfig(**SHAPE, start="routed", num_slots=8, num_sinks=1, rings=[3, 4])
+RINGS = [3, 4]
+CONFIG = T2RConfig(**SHAPE, start="routed", num_slots=8, num_sinks=1, rings=RINGS)
 
 
 def by_hand(choice):
@@ -36,7 +37,7 @@ def positions(B, T, past=0, **options):
 
 def test_each_ring_goes_round_by_itself():
     choice = choices(2, 40)
-    slot, written = ring_schedule(choice, positions(2, 40), CONFIG)
+    slot, written = ring_schedule(choice, positions(2, 40), CONFIG, RINGS)
     assert slot.dtype == torch.int32
     for b in range(2):
         for h in range(2):
@@ -46,9 +47,9 @@ def test_each_ring_goes_round_by_itself():
 @pytest.mark.parametrize("cut", [1, 7, 8, 9, 25])
 def test_in_pieces_is_whole(cut):
     choice = choices(2, 40)
-    whole, counted = ring_schedule(choice, positions(2, 40), CONFIG)
-    first, written = ring_schedule(choice[:, :cut], positions(2, cut), CONFIG)
-    second, written = ring_schedule(choice[:, cut:], positions(2, 40 - cut, past=cut), CONFIG, written)
+    whole, counted = ring_schedule(choice, positions(2, 40), CONFIG, RINGS)
+    first, written = ring_schedule(choice[:, :cut], positions(2, cut), CONFIG, RINGS)
+    second, written = ring_schedule(choice[:, cut:], positions(2, 40 - cut, past=cut), CONFIG, RINGS, written)
     assert torch.equal(torch.cat([first, second], 1), whole)
     assert torch.equal(written, counted)
 
@@ -56,7 +57,7 @@ def test_in_pieces_is_whole(cut):
 def test_packed_documents_start_afresh():
     choice = choices(1, 60)
     bounds = torch.tensor([0, 5, 30, 31, 60])
-    slot, _ = ring_schedule(choice, positions(1, 60, cu_seqlens=bounds), CONFIG)
+    slot, _ = ring_schedule(choice, positions(1, 60, cu_seqlens=bounds), CONFIG, RINGS)
     for start, end in pairwise(bounds.tolist()):
         for h in range(2):
             assert slot[0, start:end, h].tolist() == by_hand(choice[0, start:end, h])[0]
@@ -65,8 +66,8 @@ def test_packed_documents_start_afresh():
 def test_padding_takes_no_slot():
     choice, mask = choices(1, 40), (torch.arange(45) >= 5).long()[None]
     behind = torch.nn.functional.pad(choice, (0, 0, 5, 0))
-    padded, written = ring_schedule(behind, positions(1, 45, attention_mask=mask), CONFIG)
-    slot, counted = ring_schedule(choice, positions(1, 40), CONFIG)
+    padded, written = ring_schedule(behind, positions(1, 45, attention_mask=mask), CONFIG, RINGS)
+    slot, counted = ring_schedule(choice, positions(1, 40), CONFIG, RINGS)
     assert (padded[:, :5] == -1).all()
     assert torch.equal(padded[:, 5:], slot)
     assert torch.equal(written, counted)
@@ -88,6 +89,9 @@ def test_a_router_is_no_parameter_and_is_saved(tmp_path):
     [
         ({"start": "routed", "rings": [3, 3]}, "together be num_slots - num_sinks = 7"),
         ({"start": "routed", "rings": [7]}, "two or more"),
+        ({"start": "routed", "rings": [[3, 4], [4, 3]]}, "rings name 2 layers, num_hidden_layers is 3"),
+        ({"start": "routed", "rings": [[3, 4], [4, 3], [4, 4]]}, "together be"),
+        ({"start": "routed", "rings": [[3, 4], [4, 3], [1, 2, 4]]}, "as many in each layer"),
         ({"start": "window", "rings": [3, 4]}, "rings belong to start 'routed'"),
     ],
 )
