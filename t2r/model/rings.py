@@ -53,23 +53,24 @@ def ring_schedule(
     Returns:
         Slots, int32 `[B, T, H]`, -1 where a place holds no token; and `written` after the pass.
     """
-    position = positions.ids.unsqueeze(-1)  # [B, T, 1]
+    choice = choice.transpose(1, 2).contiguous()  # [B, H, T]: a GPU sums along the last dimension alone with many hands
+    position = positions.ids.unsqueeze(1)  # [B, 1, T]
     routed = position >= config.num_slots
     if positions.padding is not None:
-        routed = routed & ~positions.padding.unsqueeze(-1)
+        routed = routed & ~positions.padding.unsqueeze(1)
     slot = position.expand_as(choice)
     counts, first = [], config.num_sinks
     for ring, size in enumerate(rings):
-        mine = routed & (choice == ring)  # [B, T, H]
-        count = mine.cumsum(1)  # with this token
+        mine = routed & (choice == ring)  # [B, H, T]
+        count = mine.cumsum(-1)  # with this token
         if positions.cu_seqlens is not None:  # less what other documents had: at their first token nothing is routed
-            first_token = torch.arange(position.shape[1], device=position.device) - positions.ids[0]
-            count = count - count[:, first_token]
+            first_token = torch.arange(position.shape[-1], device=position.device) - positions.ids[0]
+            count = count - count[..., first_token]
         elif written is not None:
-            count = count + written[:, None, :, ring]
+            count = count + written[:, :, ring, None]
         slot = torch.where(mine, first + (count - 1) % size, slot)
-        counts.append(count[:, -1])
+        counts.append(count[..., -1])
         first += size
     if positions.padding is not None:
-        slot = slot.masked_fill(positions.padding.unsqueeze(-1), -1)
-    return slot.to(torch.int32), torch.stack(counts, -1)
+        slot = slot.masked_fill(positions.padding.unsqueeze(1), -1)
+    return slot.transpose(1, 2).to(torch.int32), torch.stack(counts, -1)

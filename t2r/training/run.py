@@ -24,7 +24,7 @@ from t2r.training.graphs import wants_graphs
 from t2r.training.plan import Plan, disk_needed, plan_run
 from t2r.training.recipe import dtype_of, load_config
 from t2r.training.report import write_report
-from t2r.training.sharded import check_shards, is_sharded, launched_sharded, whole_state
+from t2r.training.sharded import check_shards, check_zero3, is_sharded, launched_sharded, whole_state
 from t2r.training.stages import (
     Stage,
     check_checkpoint,
@@ -89,6 +89,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     dtype = dtype_of(config, on_cuda)
     bf16, liger = on_cuda and dtype == "bfloat16", wants_liger(config, on_cuda)
     stages = plan_stages(config, state.num_processes)
+    check_zero3(stages)
     for stage in stages:
         training_arguments(config, stage, bf16)  # better to fail now than when its turn comes
     with state.main_process_first():

@@ -1,8 +1,10 @@
 """Models whose weights are sharded over processes (FSDP2)."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from t2r.model import T2RForCausalLM
 from t2r.training.adapters import base_of
+from t2r.training.stages import Stage
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -22,6 +25,25 @@ def is_sharded(model: nn.Module) -> bool:
 def launched_sharded() -> bool:
     """Whether accelerate was launched to shard weights (FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def check_zero3(stages: list[Stage]) -> None:
+    """Refuse what DeepSpeed ZeRO-3 does not do: to align, and to take up for a second stage what it has sharded.
+
+    Raises:
+        ValueError: accelerate was launched with ZeRO-3, and there is more than one stage, or one that aligns.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return
+    file, zero = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"), None
+    if file == "none":
+        zero = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    else:
+        zero = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage")
+    if zero == 3 and (len(stages) > 1 or stages[0].config.loss.align):
+        raise ValueError(
+            "DeepSpeed ZeRO-3 takes runs of one stage that does not align; use FSDP2 (examples/accelerate/fsdp2.yaml)"
+        )
 
 
 def check_shards(model: nn.Module, processes: int) -> None:

@@ -21,7 +21,7 @@ from t2r.training.flops import flops_per_token, peak_flops
 from t2r.training.gates import gate_statistics, watched_gates
 from t2r.training.graphs import GraphedPass, NotCapturable, padded_bounds
 from t2r.training.predict import predicted_loss
-from t2r.training.sharded import set_policy, whole_state
+from t2r.training.sharded import launched_sharded, set_policy, whole_state
 from t2r.training.stages import Stage
 from t2r.training.teachers import Teacher
 
@@ -61,9 +61,6 @@ class T2RTrainer(Trainer):
         trained = [p for p in model.parameters() if p.requires_grad]
         self._graphed = GraphedPass(self._whole_pass, trained) if graphs else None
         self._peak = peak_flops(self.args.device)
-        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if stage.config.loss.align and deepspeed and deepspeed.zero_stage == 3:
-            raise ValueError("align does not work under DeepSpeed ZeRO-3; use FSDP2 (examples/accelerate/fsdp2.yaml)")
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if self.sharded:
             set_policy(self.accelerator, model, self.args.bf16)
@@ -204,6 +201,14 @@ class T2RTrainer(Trainer):
         return torch.compiler.set_stance("force_eager") if looked_into else nullcontext()
 
 
+def _reduction() -> dict:
+    """How gradients of sharded weights are reduced: in each micro-batch, which also leaves less of them in memory.
+
+    Where it waits for the last one, FSDP2 of torch 2.11 now and then gathers weights wrongly in the next forward pass.
+    """
+    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}} if launched_sharded() else {}
+
+
 def training_arguments(config: TrainConfig, stage: Stage, bf16: bool) -> TrainingArguments:
     """The Trainer's own arguments for a stage; `bf16` for autocast."""
     optim, align = stage.config.optim, bool(stage.config.loss.align)
@@ -228,7 +233,7 @@ def training_arguments(config: TrainConfig, stage: Stage, bf16: bool) -> Trainin
         report_to=config.report_to or "none",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={"non_blocking": torch.cuda.is_available()},
+        accelerator_config={"non_blocking": torch.cuda.is_available()} | _reduction(),
         ddp_find_unused_parameters=False,
         # Alignment keeps one layer's activations at a time as it is. (Newer versions rename the argument.)
         **({"gradient_checkpointing": True} if config.gradient_checkpointing and not align else {}),

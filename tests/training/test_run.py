@@ -287,3 +287,19 @@ def test_what_trains_and_how_fast(start):
     assert (adapters["lr"], gates["lr"], gates["weight_decay"]) == (1.0, 2.0, 0.0)
     assert len(gates["params"]) == len(added)
     assert len(adapters["params"]) == len(trained - added)
+
+
+@pytest.mark.parametrize(
+    "stages", ["[{stage: distill, steps: 1}, {stage: finetune, steps: 1}]", "[{stage: align, steps: 1}]"]
+)
+@pytest.mark.parametrize("file", [True, False])
+def test_zero3_takes_one_stage_that_does_not_align(config, tmp_path, monkeypatch, stages, file):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    if file:
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
+    else:
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(ValueError, match="one stage that does not align; use FSDP2"):
+        run(config, [f"stages={stages}"])
+    assert not (tmp_path / "run").exists()
