@@ -33,6 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 MODEL = Path(".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
 # Tokens of a window, and how many windows: all predictions are on the reported text's beginning.
 WINDOWS = {1024: 64, 4096: 16}
+AT_ONCE = 2**14  # tokens of one forward pass on a GPU
 EXCERPT, EXCERPTS = 10_000, 48  # characters of each document that routers are fitted to, and how many
 
 
@@ -55,46 +56,56 @@ def nlls(model, tokenizer, text: str, share: float) -> dict[int, torch.Tensor]:
     from t2r.evaluation import cut_windows, window_nlls
 
     windows = {length: cut_windows(tokenizer, text, length, max(1, int(n * share))) for length, n in WINDOWS.items()}
-    return {length: window_nlls(model, part) for length, part in windows.items()}
+    at_once = AT_ONCE if torch.cuda.is_available() else 0
+    return {length: window_nlls(model, part, batch_size=max(1, at_once // length)) for length, part in windows.items()}
 
 
-def teacher_nlls(source: Path, text: str, work: Path, share: float) -> dict[int, torch.Tensor]:
-    """The teacher's, computed once."""
+def measured(model: Path, text: str, share: float, asked: int) -> dict:
+    """`nlls` on the reported text, and `recall` of as many questions at each distance."""
+    from benchmarks.recall import DISTANCES, questions, recall
     from t2r.evaluation import load_model, load_tokenizer
 
-    path = work / f"teacher-{share}.pt"
+    network, tokenizer = load_model(model, dtype="float32"), load_tokenizer(model)
+    recalled = {
+        distance: recall(network, questions(tokenizer, text, distance, asked)) for distance in DISTANCES if asked
+    }
+    return {"nlls": nlls(network, tokenizer, text, share), "recall": recalled}
+
+
+def teacher_measured(options: argparse.Namespace) -> dict:
+    """The teacher's, measured once."""
+    path = options.work / f"teacher-{options.share}-{options.recall}.pt"
     if not path.is_file():
-        found = nlls(load_model(source, dtype="float32"), load_tokenizer(source), text, share)
-        torch.save(found, path.with_suffix(f".{os.getpid()}"))
-        path.with_suffix(f".{os.getpid()}").rename(path)
+        text = (options.data / "wikitext2-valid.txt").read_text(encoding="utf-8")
+        torch.save(measured(options.model, text, options.share, options.recall), path)
     return torch.load(path)
 
 
-def run(path: Path, seed: int, source: Path, data: Path, work: Path, share: float, overrides: list[str]) -> dict:
+def run(path: Path, seed: int, options: argparse.Namespace) -> dict:
     """Convert, train and measure; returns the row."""
     import t2r_conversion
-    from t2r.evaluation import load_model, load_tokenizer, summarise
+    from t2r.evaluation import summarise
     from t2r.training import merge
     from t2r.training import run as train
 
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe, work = yaml.safe_load(path.read_text(encoding="utf-8")), options.work
     folder, began = work / f"{path.stem}-{seed}", time.perf_counter()
-    options = dict(recipe.get("convert", {}))
-    if options.get("start") == "routed":
-        options |= {"calibrate": work / "calibrate.jsonl"}
-    plan = t2r_conversion.convert(source, folder / "converted", overwrite=True, **options)
+    start = dict(recipe.get("convert", {}))
+    if start.get("start") == "routed":
+        start |= {"calibrate": work / "calibrate.jsonl"}
+    plan = t2r_conversion.convert(options.model, folder / "converted", overwrite=True, **start)
     converted, record, model = time.perf_counter() - began, {}, folder / "converted"
     if "train" in recipe:
         content = {"model": str(model), "output": str(folder / "run"), "seed": seed, **recipe["train"]}
         content["data"] = {"files": [str(work / "corpus.jsonl")], **content.get("data", {})}
         (folder / "train.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-        record = train(folder / "train.yaml", overrides, overwrite=True)
+        record = train(folder / "train.yaml", options.set, overwrite=True)
         model = folder / "merged"
         merge(folder / "run", model, overwrite=True)
-    text = (data / "wikitext2-valid.txt").read_text(encoding="utf-8")
-    student = nlls(load_model(model, dtype="float32"), load_tokenizer(model), text, share)
-    teacher, training = teacher_nlls(source, text, work, share), record.get("training", {})
-    reports = {length: summarise(student[length], teacher[length]) for length in WINDOWS}
+    text = (options.data / "wikitext2-valid.txt").read_text(encoding="utf-8")
+    student, teacher = measured(model, text, options.share, options.recall), teacher_measured(options)
+    reports = {length: summarise(student["nlls"][length], teacher["nlls"][length]) for length in WINDOWS}
+    training = record.get("training", {})
     main = reports[1024]
     return {
         "name": path.stem,
@@ -112,7 +123,8 @@ def run(path: Path, seed: int, source: Path, data: Path, work: Path, share: floa
         "train_minutes": round(training.get("seconds", 0) / 60, 2),
         "peak_mib": training.get("peak_memory_mib"),
         "state_bytes": sum(plan.memory()[0][key] for key in ("state", "kept_cache")),
-        "overrides": overrides,
+        **({"recall": student["recall"], "recall_teacher": teacher["recall"]} if options.recall else {}),
+        "overrides": options.set,
         "recipe": recipe,
     }
 
@@ -127,7 +139,8 @@ def in_processes(jobs: list[tuple[Path, int]], options: argparse.Namespace) -> I
         path, seed = job
         gpu, log = gpus.get(), options.work / f"{path.stem}-{seed}.log"
         command = [sys.executable, "-m", "benchmarks.recovery", str(path), "--one", "--seed", str(seed)]
-        command += ["--model", options.model, "--data", options.data, "--work", options.work, "--share", options.share]
+        for name in ("model", "data", "work", "share", "recall"):
+            command += [f"--{name}", getattr(options, name)]
         command += [word for override in options.set for word in ("--set", override)]
         try:
             with log.open("w") as errors:
@@ -157,16 +170,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--seed", type=int, action="append")
     parser.add_argument("--share", type=float, default=1.0, help="of the reported windows, to try things out")
+    parser.add_argument("--recall", type=int, default=0, metavar="N", help="ask N questions at each distance as well")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for `t2r train`")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     seeds = options.seed or [0]
     if options.one:
-        paths = options.model, options.data, options.work
-        row = run(options.recipes[0], seeds[0], *paths, options.share, options.set)
-        print(json.dumps(row))
+        print(json.dumps(run(options.recipes[0], seeds[0], options)))
         return
     prepare(options.data, options.work)
+    teacher_measured(options)
     kept, new = options.out / "recovery.json", []
     rows = json.loads(kept.read_text(encoding="utf-8"))["rows"] if kept.is_file() else []
     for row in in_processes([(path, seed) for path in options.recipes for seed in seeds], options):

@@ -56,3 +56,39 @@ def ppl(
         print_json(report.as_dict())
     else:
         out.print(render(report))
+
+
+@evaluation.command()
+def layers(
+    model: Model,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="A UTF-8 text to predict.")],
+    keep: Annotated[int, typer.Option(help="Layers to choose.")] = 4,
+    window: Annotated[int, typer.Option(help="Tokens in each of the non-overlapping windows.")] = 1024,
+    limit: Annotated[int, typer.Option(help="Windows to evaluate at most; 0 for all.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Which layers of a model, converted and not yet trained, had best keep softmax attention."""
+    from rich.table import Table
+
+    from t2r.evaluation import cut_windows, load_model, load_tokenizer, read_text, softmax_gains
+    from t2r.model import T2RForCausalLM
+
+    windows = cut_windows(load_tokenizer(model), read_text(text), window, limit or None)
+    loaded = load_model(model, dtype=dtype, device=device)
+    if not isinstance(loaded, T2RForCausalLM):
+        raise ValueError(f"{model}: a {loaded.config.model_type} model; convert it first (t2r convert)")
+    with progress_bar("layers") as progress:
+        gains, chosen = softmax_gains(loaded, windows, keep, batch_size=batch_size, progress=progress)
+    numbers = sorted(layer for layer, _ in chosen)
+    if json:
+        print_json({"gains": gains, "keep": numbers, "gain": chosen[-1][1] if chosen else 0.0})
+        return
+    table = Table("layer", "nats a token less", title="With softmax attention")
+    for layer, gain in sorted(gains.items(), key=lambda item: -item[1]):
+        table.add_row(str(layer), f"{gain:.4f}")
+    out.print(table)
+    if chosen:
+        out.print(f"--keep-softmax {','.join(map(str, numbers))} gains {chosen[-1][1]:.4f} nats a token")

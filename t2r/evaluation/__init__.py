@@ -1,6 +1,7 @@
 """What a model is worth: perplexity beside its teacher, and generated text."""
 
 from t2r.evaluation.generate import GenerationStats, generate_stream
+from t2r.evaluation.layers import softmax_gains
 from t2r.evaluation.loading import load_model, load_tokenizer, locate, resolve_device
 from t2r.evaluation.perplexity import (
     Band,
@@ -26,6 +27,7 @@ __all__ = [
     "read_text",
     "render",
     "resolve_device",
+    "softmax_gains",
     "summarise",
     "window_nlls",
 ]

@@ -1,6 +1,6 @@
 """The T2R network: a Llama-like decoder whose attention is Gated Slot Attention, softmax, or either on demand."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -215,12 +215,16 @@ class T2RPreTrainedModel(PreTrainedModel):
             init.zeros_(module.thresholds)
 
     @contextmanager
-    def softmax_attention(self) -> Iterator[None]:
+    def softmax_attention(self, only: Collection[int] | None = None) -> Iterator[None]:
         """Within the context every converted layer is the softmax attention that it came from.
 
         The projections are the student's own: with adapters off and the base frozen, this is the teacher.
+
+        Args:
+            only: numbers of the layers that change; None for all.
         """
-        converted = [m.self_attn for m in self.base_model.layers if m.self_attn.kind == LINEAR_ATTENTION]
+        layers = [m.self_attn for i, m in enumerate(self.base_model.layers) if only is None or i in only]
+        converted = [attention for attention in layers if attention.kind == LINEAR_ATTENTION]
         for attention in converted:
             attention.kind = self.config.softmax_type
         try:

@@ -98,6 +98,20 @@ def test_perplexity_refuses_bad_texts_and_models(tmp_path, text):
     assert "none: no such folder" in fails(*command, text, "--window", 50, "--teacher", tmp_path / "none")
 
 
+def test_eval_layers(tmp_path):
+    tiny_t2r(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_text(200))
+    command = ("eval", "layers", tmp_path / "model", "--text", text, "--window", 40)
+    found = json.loads(run(*command, "--keep", 1, "--json").stdout)
+    best = max(found["gains"], key=found["gains"].get)
+    assert found["keep"] == [int(best)]
+    assert found["gain"] == found["gains"][best]
+    assert f"--keep-softmax {best} gains {found['gain']:.4f}" in run(*command, "--keep", 1).stdout
+    tiny_llama(tmp_path / "source")
+    assert "a llama model; convert it first" in fails("eval", "layers", tmp_path / "source", *command[3:])
+
+
 def test_generate_streams_text_and_says_what_it_took(tmp_path):
     model = tiny_t2r(tmp_path)
     model.generation_config.eos_token_id = None
