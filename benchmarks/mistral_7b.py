@@ -29,7 +29,7 @@ import sys, time
 from pathlib import Path
 import t2r_conversion
 began = time.perf_counter()
-t2r_conversion.convert(sys.argv[1], sys.argv[2], overwrite=True)
+t2r_conversion.convert(sys.argv[1], sys.argv[2], start="window", overwrite=True)
 seconds = time.perf_counter() - began
 status = Path("/proc/self/status").read_text().splitlines()
 peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024

@@ -142,7 +142,7 @@ def prepare(work: Path, layers: int) -> None:
     if not (work / "converted" / "config.json").is_file():
         (work / "source").mkdir(parents=True, exist_ok=True)
         make_source(work / "source", num_hidden_layers=layers)
-        t2r_conversion.convert(work / "source", work / "converted", overwrite=True)
+        t2r_conversion.convert(work / "source", work / "converted", start="window", overwrite=True)
 
 
 def main() -> None:

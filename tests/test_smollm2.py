@@ -25,7 +25,7 @@ def peak_mib():
 
 import t2r_conversion
 before = peak_mib()
-t2r_conversion.convert(sys.argv[1], sys.argv[2], gate_write=30, gate_keep=30)
+t2r_conversion.convert(sys.argv[1], sys.argv[2], start="window", gate_write=30, gate_keep=30)
 print(f"peak {peak_mib() - before:.0f} MiB")
 """
 

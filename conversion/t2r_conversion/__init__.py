@@ -32,7 +32,7 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    start: str = "window",
+    start: str = "routed",
     num_slots: int = 64,
     num_sinks: int = 4,
     keep_softmax: Iterable[int] = (),
@@ -58,7 +58,7 @@ def convert(
         gate_write: see `plan_conversion`.
         gate_keep: see `plan_conversion`.
         rings: see `plan_conversion`.
-        calibrate: routed start: a text that the routers are fitted to.
+        calibrate: routed start: a text that the routers are fitted to; None for `REFERENCE` in `calibrate`.
         calibration_tokens: of that text, at most.
         overwrite: replace the model that is at `out`.
         dry_run: plan only; nothing is written, and no weights are downloaded or unpacked.
@@ -80,13 +80,9 @@ def convert(
         "gate_keep": gate_keep,
         "rings": rings,
     }
-    if (start == "routed") != (calibrate is not None):
-        raise ValueError(
-            "start 'routed' fits its routers to a text: give one to calibrate on (--calibrate TEXT)"
-            if calibrate is None
-            else f"calibrate has no effect with start {start!r}; use start 'routed'"
-        )
     if calibrate is not None:
+        if start != "routed":
+            raise ValueError(f"calibrate has no effect with start {start!r}; use start 'routed'")
         check_text(calibrate)
     out = Path(out).absolute()
     headers = read_source(source)
@@ -98,6 +94,8 @@ def convert(
     with open_source(headers, scratch=out.with_name(f".{out.name}.unpacked")) as opened:
         plan = plan_conversion(opened, **options)
         choose = rings is None
-        fit = calibrate and calibration_of(calibrate, calibration_tokens, opened.folder, choose, calibrating)
+        fit = None
+        if start == "routed":
+            fit = calibration_of(calibrate, calibration_tokens, num_slots, opened.folder, choose, calibrating)
         write(plan, out, overwrite=overwrite, progress=progress, calibration=fit)
     return plan

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from safetensors import safe_open
@@ -25,6 +26,8 @@ SHARES = (0.05, 0.1, 0.2, 0.4)  # of the tokens in a ring that deserve the next 
 SHORT = (0.13, 0.27, 0.4, 0.53, 0.73)  # of the slots that rings share, those in the short one, to choose from
 CHOOSING, QUERIES = 6, 4  # windows that the choice looks at; every so many queries of them
 
+REFERENCE = "the reference that Python ships"
+
 Progress = Callable[[int, int], None]
 
 
@@ -33,7 +36,7 @@ class Calibration:
     """What routers are fitted to.
 
     Attributes:
-        text: name of the file.
+        text: its name.
         windows: its tokens, `[windows, WINDOW]`.
         choose: whether sizes of rings are chosen, layer by layer.
         progress: called with the layers done and in all after each.
@@ -50,34 +53,53 @@ class Calibration:
 
 
 def calibration_of(
-    text: str | Path, tokens: int, tokenizer_folder: Path, choose: bool = True, progress: Progress | None = None
+    text: str | Path | None,
+    tokens: int,
+    num_slots: int,
+    tokenizer_folder: Path,
+    choose: bool = True,
+    progress: Progress | None = None,
 ) -> Calibration:
     """The first windows of a text, each within one document.
 
     Args:
         text: a `.txt` file, which is one document, or a `.jsonl` file with a `text` in each line; see `check_text`.
+            None for English that every CPython ships, the reference behind `help()`.
         tokens: how many at most.
+        num_slots: of the converted model; windows have twice as many tokens, and at least `WINDOW`.
         tokenizer_folder: of the source.
         choose: see `Calibration`.
         progress: see `Calibration`.
 
     Raises:
-        ValueError: it has no document of a window's length.
+        ValueError: it has no document of a window's length, or the source has no tokenizer.
     """
-    text, windows = Path(text), []
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    windows, window = [], max(WINDOW, 2 * num_slots)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    except Exception as error:  # whatever transformers and tokenizers raise
+        raise ValueError(
+            "the source has no tokenizer that works, so routers cannot be fitted to a text; use start 'window'"
+        ) from error
     for document in _documents(text):
-        wanted = tokens // WINDOW - len(windows)
+        wanted = tokens // window - len(windows)
         if wanted <= 0:
             break
-        ids = tokenizer(document[: 16 * WINDOW * wanted], add_special_tokens=False, verbose=False)["input_ids"]
-        windows += torch.tensor(ids).split(WINDOW)[: min(wanted, len(ids) // WINDOW)]
+        ids = tokenizer(document[: 16 * window * wanted], add_special_tokens=False, verbose=False)["input_ids"]
+        windows += torch.tensor(ids).split(window)[: min(wanted, len(ids) // window)]
     if not windows:
-        raise ValueError(f"{text}: no document, or none of {WINDOW} tokens, to calibrate on; use a longer text")
-    return Calibration(text.name, torch.stack(windows), choose, progress)
+        raise ValueError(
+            f"{text or REFERENCE}: no document, or none of {window} tokens, to calibrate on; use a longer text or "
+            "more calibration tokens"
+        )
+    return Calibration(Path(text).name if text else REFERENCE, torch.stack(windows), choose, progress)
 
 
-def _documents(text: Path) -> Iterator[str]:
+def _documents(text: str | Path | None) -> Iterator[str]:
+    if text is None:
+        yield from (topic for _, topic in sorted(topics.items()))
+        return
+    text = Path(text)
     with text.open(encoding="utf-8") as file:
         if text.suffix != ".jsonl":
             yield file.read()

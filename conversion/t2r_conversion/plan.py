@@ -115,7 +115,7 @@ class Plan:
 def plan_conversion(
     source: Source,
     *,
-    start: str = "window",
+    start: str = "routed",
     num_slots: int = 64,
     num_sinks: int = 4,
     keep_softmax: Iterable[int] = (),

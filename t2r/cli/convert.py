@@ -11,7 +11,7 @@ from t2r.cli.options import Json, Output, Overwrite
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder, a Hub id, or a .gguf file.")],
     output: Output,
-    start: Annotated[str, typer.Option(help="How the recurrent layers begin: window, routed or paper.")] = "window",
+    start: Annotated[str, typer.Option(help="How the recurrent layers begin: routed, window or paper.")] = "routed",
     slots: Annotated[int, typer.Option(help="Slots of each key/value head.")] = 64,
     sinks: Annotated[int, typer.Option(help="Window start: slots that keep the first tokens.")] = 4,
     keep_softmax: Annotated[str, typer.Option(metavar="0,8,16", help="Layers that keep softmax attention.")] = "",
@@ -20,7 +20,7 @@ def convert(
     ] = None,
     gate_keep: Annotated[float | None, typer.Option(help="Window start: logit that keeps the other slots.")] = None,
     calibrate: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Routed start: the file that routers are fitted to.")
+        str | None, typer.Option(metavar="TEXT", help="Routed start: a .txt or .jsonl file that routers are fitted to.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Routed start: of that file, at most.")] = 32768,
     rings: Annotated[

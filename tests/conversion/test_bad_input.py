@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2r_conversion import convert, plan_conversion, read_source, write, writer
+from t2r_conversion import read_source, write, writer
+from tests.conversion.tiny import convert, plan_conversion
 
 from . import tiny
 

@@ -34,7 +34,7 @@ def test_streamed_layers_see_what_the_whole_model_sees(make, tmp_path, short, mo
     """Inputs and importance of each layer, beside those of transformers' model with eager attention."""
     window = {"sliding_window": 20} if make is tiny.mistral else {}
     source = make(tmp_path / "source", **window)
-    convert(source, tmp_path / "out", num_slots=8)
+    convert(source, tmp_path / "out", start="window", num_slots=8)
     model = T2RForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     windows = torch.randint(0, 96, (2, 64), generator=torch.Generator().manual_seed(0))
     inputs, attention = [], []
@@ -161,11 +161,34 @@ def test_sizes_of_rings_are_chosen(tmp_path, short):
         assert record["calibration"]["errors"][0] >= least[0] - 1e-4
 
 
+def test_without_a_text_routers_are_fitted_to_what_python_ships(tmp_path, short):
+    tiny_llama(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", num_slots=8, num_sinks=2, calibration_tokens=256)
+    record = json.loads((tmp_path / "out" / "t2r_record.json").read_text())["conversion"]
+    assert record["start"] == "routed"
+    assert record["calibration"]["text"] == "the reference that Python ships"
+    assert record["calibration"]["tokens"] == 256
+
+
+def test_windows_are_longer_than_what_slots_hold(tmp_path, short):
+    tiny_llama(tmp_path / "source")
+    (tmp_path / "text.txt").write_text(tiny_text(400))
+    for slots, length in ((32, 64), (40, 80)):
+        assert calibration_of(tmp_path / "text.txt", 160, slots, tmp_path / "source").windows.shape[1] == length
+
+
+def test_a_source_without_a_tokenizer_is_told(tmp_path, short):
+    source = tiny.llama(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"no tokenizer that works.*use start 'window'"):
+        convert(source, tmp_path / "out", num_slots=8)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_window_spans_two_documents(tmp_path, short):
     tokenizer = tiny_llama(tmp_path / "source") and AutoTokenizer.from_pretrained(tmp_path / "source")
     texts = [tiny_text(count, seed=count) for count in (150, 10, 64, 300)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    windows = calibration_of(tmp_path / "text.jsonl", 64 * 5 + 30, tmp_path / "source").windows
+    windows = calibration_of(tmp_path / "text.jsonl", 64 * 5 + 30, 8, tmp_path / "source").windows
     ids = [tokenizer(text)["input_ids"] for text in texts]
     expected = [ids[0][:64], ids[0][64:128], ids[2], ids[3][:64], ids[3][64:128]]
     assert windows.tolist() == expected
@@ -174,8 +197,7 @@ def test_no_window_spans_two_documents(tmp_path, short):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": "routed"}, "give one to calibrate on"),
-        ({"calibrate": "text.txt"}, "no effect with start 'window'"),
+        ({"start": "window", "calibrate": "text.txt"}, "no effect with start 'window'"),
         ({"start": "routed", "calibrate": "nowhere.txt"}, "no such file to calibrate on"),
         ({"start": "routed", "calibrate": "text.txt"}, "none of 1024 tokens"),
         ({"start": "window", "rings": [3, 4]}, "rings belong to start 'routed'"),

@@ -8,7 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from t2r.model.configuration_t2r import T2RConfig
-from t2r_conversion import convert, open_source, plan_conversion, read_source, write, writer
+from t2r_conversion import open_source, read_source, write, writer
+from tests.conversion.tiny import convert, plan_conversion
 
 from . import tiny
 

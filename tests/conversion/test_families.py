@@ -4,7 +4,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from t2r.model import T2RForCausalLM
 from t2r.model.configuration_t2r import T2RConfig
-from t2r_conversion import FAMILIES, plan_conversion, read_source
+from t2r_conversion import FAMILIES, read_source
+from tests.conversion.tiny import plan_conversion
 
 from . import tiny
 

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from t2r_conversion import convert, plan_conversion, read_source, source, write, writer
+from t2r_conversion import read_source, source, write, writer
+from tests.conversion.tiny import convert, plan_conversion
 
 from . import tiny
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from t2r_conversion import convert, read_source, source
+from t2r_conversion import read_source, source
+from tests.conversion.tiny import convert
 
 from . import tiny
 

@@ -19,7 +19,7 @@ import torch
 from pathlib import Path
 from t2r_conversion import convert
 source, hold, out = sys.argv[1:]
-convert(source, out, num_slots=8)
+convert(source, out, start="window", num_slots=8)
 held = [path.read_bytes() for path in sorted(Path(source).glob("*.safetensors"))[: int(hold)]]
 status = Path("/proc/self/status").read_text()
 print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))

@@ -5,7 +5,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from t2r_conversion import plan_conversion, read_source, render
+from t2r_conversion import read_source, render
+from tests.conversion.tiny import plan_conversion
 
 from . import tiny
 

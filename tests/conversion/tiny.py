@@ -1,11 +1,14 @@
 """Tiny source checkpoints, saved by transformers."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+import t2r_conversion
 
 SHAPE = {
     "vocab_size": 96,
@@ -16,6 +19,10 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+
+# These checkpoints have no tokenizer, which the routed start needs.
+convert = partial(t2r_conversion.convert, start="window")
+plan_conversion = partial(t2r_conversion.plan_conversion, start="window")
 
 
 def llama(folder: Path, *, dtype=torch.float32, shard_size="5GB", **changes) -> Path:
