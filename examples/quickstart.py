@@ -42,7 +42,8 @@ def main() -> None:
         sys.exit(f"error: {MODEL} is missing; run `make quickstart`, which downloads it")
     write_text(RUN / "text")
     if not (RUN / "converted").exists():
-        t2r("convert", MODEL, "-o", RUN / "converted")
+        calibrate = ("--calibrate", RUN / "text" / "train.jsonl", "--calibration-tokens", 16384)
+        t2r("convert", MODEL, "-o", RUN / "converted", *calibrate)
     t2r("train", "examples/quickstart.yaml", "--resume")
     if not (RUN / "merged").exists():
         t2r("merge", RUN / "finetuned", "-o", RUN / "merged")
