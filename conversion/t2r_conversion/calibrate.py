@@ -271,9 +271,8 @@ def thresholds(scores: Tensor, count: int, share: float) -> Tensor:
 
 def _heads(attention, x: Tensor, rotation: tuple[Tensor, Tensor], config: T2RConfig) -> Iterator[tuple[Tensor, Tensor]]:
     """Softmax attention of one window `[L, hidden]`: weights `[G, L, L]` and values `[L, D]` of each key/value head."""
-    L, D = len(x), config.head_dim
-    q, k = rotate(attention.q_proj(x).view(1, L, -1, D), attention.k_proj(x).view(1, L, -1, D), *rotation)
-    v = attention.v_proj(x).view(L, -1, D)
+    q, k, v = attention.project(x[None])
+    (q, k), v = rotate(q, k, *rotation), v[0]
     ahead = _ahead(x)
     seen = ahead >= 0
     if config.sliding_window is not None:
@@ -281,7 +280,7 @@ def _heads(attention, x: Tensor, rotation: tuple[Tensor, Tensor], config: T2RCon
     group = config.num_attention_heads // config.num_key_value_heads
     for head in range(config.num_key_value_heads):
         queries = q[0, :, head * group : (head + 1) * group].transpose(0, 1)  # [G, L, D]
-        logits = queries @ k[0, :, head].T * D**-0.5  # [G, L, L]
+        logits = queries @ k[0, :, head].T * config.head_dim**-0.5  # [G, L, L]
         yield logits.masked_fill(~seen, float("-inf")).softmax(-1), v[:, head]
 
 

@@ -44,10 +44,21 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def config_values(self, source_config: Any) -> dict[str, Any]:
-        """The `T2RConfig` arguments that follow from the source's configuration."""
+        """The `T2RConfig` arguments that follow from the source's configuration.
+
+        Raises:
+            ValueError: some layers have a sliding window and others have none.
+        """
         values = dict(self.fixed)
         for name, targets in self.config_fields.items():
             values.update(dict.fromkeys(targets, getattr(source_config, name)))
+        types = set(getattr(source_config, "layer_types", None) or ())
+        if len(types) > 1:
+            raise ValueError(
+                f"{self.model_type}: layers of several kinds ({', '.join(sorted(types))}) are not supported"
+            )
+        if types == {"full_attention"}:
+            values["sliding_window"] = None
         return values
 
     def expected_tensors(self, config: T2RConfig) -> dict[str, tuple[int, ...]]:
@@ -74,6 +85,7 @@ def _sizes(config: T2RConfig) -> dict[str, int]:
         "intermediate": config.intermediate_size,
         "query": config.num_attention_heads * config.head_dim,
         "key_value": config.num_key_value_heads * config.head_dim,
+        "head": config.head_dim,
     }
 
 
@@ -83,6 +95,7 @@ def _conditions(config: T2RConfig) -> dict[str, bool]:
         "untied": not config.tie_word_embeddings,
         "attention_bias": config.attention_bias,
         "attention_out_bias": config.attention_out_bias,
+        "qk_norm": config.qk_norm,
         "mlp_bias": config.mlp_bias,
     }
 
@@ -122,6 +135,8 @@ LLAMA_TENSORS = (
     TensorRow(_LAYER + "self_attn.k_proj.bias", ("key_value",), "attention_bias"),
     TensorRow(_LAYER + "self_attn.v_proj.weight", ("key_value", "hidden")),
     TensorRow(_LAYER + "self_attn.v_proj.bias", ("key_value",), "attention_bias"),
+    TensorRow(_LAYER + "self_attn.q_norm.weight", ("head",), "qk_norm"),
+    TensorRow(_LAYER + "self_attn.k_norm.weight", ("head",), "qk_norm"),
     TensorRow(_LAYER + "self_attn.o_proj.weight", ("hidden", "query")),
     TensorRow(_LAYER + "self_attn.o_proj.bias", ("hidden",), "attention_out_bias"),
     TensorRow(_LAYER + "post_attention_layernorm.weight", ("hidden",)),
@@ -161,6 +176,31 @@ FAMILIES = {
             tensors=LLAMA_TENSORS,
             dropped=LLAMA_DROPPED,
             gguf_architecture="llama",
+        ),
+        Family(
+            model_type="qwen2",
+            architectures=("Qwen2ForCausalLM",),
+            config_fields={
+                **{name: targets for name, targets in COMMON_FIELDS.items() if name != "head_dim"},
+                "sliding_window": ("sliding_window",),
+            },
+            fixed={"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+            tensors=LLAMA_TENSORS,
+            dropped=LLAMA_DROPPED,
+            gguf_architecture="qwen2",
+        ),
+        Family(
+            model_type="qwen3",
+            architectures=("Qwen3ForCausalLM",),
+            config_fields={
+                **COMMON_FIELDS,
+                "attention_bias": ("attention_bias", "attention_out_bias"),
+                "sliding_window": ("sliding_window",),
+            },
+            fixed={"qk_norm": True, "mlp_bias": False},
+            tensors=LLAMA_TENSORS,
+            dropped=LLAMA_DROPPED,
+            gguf_architecture="qwen3",
         ),
     )
 }

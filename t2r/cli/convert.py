@@ -31,7 +31,7 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     json: Json = False,
 ) -> None:
-    """Convert a softmax Transformer (Llama, Mistral) into a recurrent T2R model."""
+    """Convert a softmax Transformer (Llama, Mistral, Qwen2, Qwen3) into a recurrent T2R model."""
     import t2r_conversion
 
     gates = {"gate_write": gate_write, "gate_keep": gate_keep}

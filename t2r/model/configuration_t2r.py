@@ -26,6 +26,7 @@ class T2RConfig(PreTrainedConfig):
     Args:
         attention_bias: whether q, k and v projections have a bias.
         attention_out_bias: whether the output projection has one.
+        qk_norm: whether each head's queries and keys pass an RMSNorm of their own before they are rotated.
         sliding_window: window of the source's softmax attention in tokens, or None when it sees everything.
         layer_types: per layer, "linear_attention" (Gated Slot Attention) or a kept softmax layer:
             "full_attention", or "sliding_attention" with `sliding_window`. All linear when not given.
@@ -66,6 +67,7 @@ class T2RConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     attention_bias: bool = False
     attention_out_bias: bool = False
+    qk_norm: bool = False
     attention_dropout: float | int | None = 0.0
     mlp_bias: bool = False
     sliding_window: int | None = None

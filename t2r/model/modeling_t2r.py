@@ -82,6 +82,9 @@ class T2RAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, H * D, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, H * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(HQ * D, config.hidden_size, bias=config.attention_out_bias)
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(D, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(D, eps=config.rms_norm_eps)
         if self.kind == LINEAR_ATTENTION:
             self.start = STARTS[config.start]
             self.f_proj = GateProjection(config.hidden_size, H * config.num_slots, bias=self.start.gate_bias)
@@ -101,15 +104,18 @@ class T2RAttention(nn.Module):
         **kwargs,
     ) -> Tensor:
         """Attend. Returns `[B, T, hidden]`."""
-        B, T, _ = hidden_states.shape
-        q = self.q_proj(hidden_states).view(B, T, -1, self.head_dim)  # [B, T, HQ, D]
-        k = self.k_proj(hidden_states).view(B, T, -1, self.head_dim)  # [B, T, H, D]
-        v = self.v_proj(hidden_states).view(B, T, -1, self.head_dim)  # [B, T, H, D]
+        q, k, v = self.project(hidden_states)
         if self.kind == LINEAR_ATTENTION:
             o = self._slots(hidden_states, q, k, v, positions, slots, rope, past_key_values)
         else:
             o = self._softmax(q, k, v, positions, rope, attention_mask, past_key_values, **kwargs)
         return self.o_proj(o)
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, T, HQ, D]`, keys and values `[B, T, H, D]`, not rotated yet."""
+        B, T, _ = hidden_states.shape
+        q, k, v = (x(hidden_states).view(B, T, -1, self.head_dim) for x in (self.q_proj, self.k_proj, self.v_proj))
+        return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
 
     def _slots(self, hidden_states, q, k, v, positions, slots, rope, past_key_values) -> Tensor:
         start, config = self.start, self.config

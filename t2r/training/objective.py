@@ -25,7 +25,9 @@ def token_loss(weights: LossConfig) -> TokenLoss:
             entropy = F.cross_entropy(student, targets, ignore_index=IGNORED, reduction="sum")
             total = total + weights.cross_entropy * entropy
         if weights.distill:
-            kl = divergence(student / heat, teacher / heat, weights.direction, weights.top_k)
+            if heat != 1:  # a division by one would still go through memory
+                student, teacher = student / heat, teacher / heat
+            kl = divergence(student, teacher, weights.direction, weights.top_k)
             total = total + weights.distill * heat**2 * torch.where(targets != IGNORED, kl, 0).sum()
         return total
 

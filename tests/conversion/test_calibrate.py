@@ -29,7 +29,7 @@ def importance(probabilities):
     return torch.tensor([(sum(row) / max(1, len(row))) ** 0.5 for row in rows])
 
 
-@pytest.mark.parametrize("make", [tiny.llama, tiny.mistral])
+@pytest.mark.parametrize("make", tiny.FAMILIES)
 def test_streamed_layers_see_what_the_whole_model_sees(make, tmp_path, short, monkeypatch):
     """Inputs and importance of each layer, beside those of transformers' model with eager attention."""
     window = {"sliding_window": 20} if make is tiny.mistral else {}

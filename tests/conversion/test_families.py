@@ -1,6 +1,16 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from t2r.model import T2RForCausalLM
 from t2r.model.configuration_t2r import T2RConfig
@@ -9,7 +19,12 @@ from tests.conversion.tiny import plan_conversion
 
 from . import tiny
 
-MODELS = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+MODELS = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
 
 
 @pytest.mark.parametrize(
@@ -20,6 +35,10 @@ MODELS = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, M
         ("llama", {"mlp_bias": True, "tie_word_embeddings": True}),
         ("mistral", {}),
         ("mistral", {"head_dim": 24, "tie_word_embeddings": True}),
+        ("qwen2", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 24}),
+        ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
     ],
 )
 def test_table_is_the_models_own(family, changes):
@@ -51,6 +70,42 @@ def test_mistral_keeps_its_window_and_has_no_bias():
     converted = T2RConfig(**FAMILIES["mistral"].config_values(MistralConfig(**tiny.SHAPE, sliding_window=48)))
     assert converted.sliding_window == 48
     assert (converted.attention_bias, converted.attention_out_bias, converted.mlp_bias) == (False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (tiny.llama, {"attention_bias": True, "mlp_bias": True}),
+        (tiny.mistral, {"sliding_window": 20}),
+        (tiny.qwen2, {}),
+        (tiny.qwen2, {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0}),
+        (tiny.qwen3, {"attention_bias": True}),
+        (tiny.qwen3, {"tie_word_embeddings": True}),
+    ],
+)
+def test_a_converted_model_is_its_source(tmp_path, make, options):
+    """On contexts that the slots hold, and with softmax attention on longer ones."""
+    source = make(tmp_path / "source", **options)
+    tiny.convert(source, tmp_path / "out", num_slots=16, gate_write=30.0, gate_keep=30.0)
+    model, teacher = (
+        kind.from_pretrained(tmp_path / name)
+        for kind, name in ((T2RForCausalLM, "out"), (AutoModelForCausalLM, "source"))
+    )
+    x = torch.randint(0, 96, (2, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = teacher(x).logits
+        short = model(x[:, :16]).logits
+        with model.softmax_attention():
+            long = model(x).logits
+    scale = expected.std()
+    assert (short - expected[:, :16]).abs().max() < 1e-3 * scale
+    assert (long - expected).abs().max() < 1e-3 * scale
+
+
+def test_windows_in_some_layers_are_refused():
+    config = Qwen2Config(**tiny.SHAPE, use_sliding_window=True, sliding_window=20, max_window_layers=1)
+    with pytest.raises(ValueError, match="qwen2: layers of several kinds"):
+        FAMILIES["qwen2"].config_values(config)
 
 
 @pytest.mark.parametrize("start", ["window", "paper"])

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import t2r_conversion
 
@@ -33,6 +42,19 @@ def llama(folder: Path, *, dtype=torch.float32, shard_size="5GB", **changes) -> 
 def mistral(folder: Path, *, dtype=torch.float32, shard_size="5GB", **changes) -> Path:
     """A random Mistral in `folder`."""
     return _save(MistralForCausalLM, MistralConfig(**SHAPE | changes), folder, dtype, shard_size)
+
+
+def qwen2(folder: Path, *, dtype=torch.float32, shard_size="5GB", **changes) -> Path:
+    """A random Qwen2 in `folder`."""
+    return _save(Qwen2ForCausalLM, Qwen2Config(**SHAPE | changes), folder, dtype, shard_size)
+
+
+def qwen3(folder: Path, *, dtype=torch.float32, shard_size="5GB", **changes) -> Path:
+    """A random Qwen3 in `folder`, with heads that together are wider than the hidden states."""
+    return _save(Qwen3ForCausalLM, Qwen3Config(**SHAPE | {"head_dim": 16} | changes), folder, dtype, shard_size)
+
+
+FAMILIES = [llama, mistral, qwen2, qwen3]
 
 
 def _save(model_class, config, folder: Path, dtype, shard_size: str) -> Path:
