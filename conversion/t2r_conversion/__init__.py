@@ -41,6 +41,7 @@ def convert(
     rings: list[int] | None = None,
     calibrate: str | Path | None = None,
     calibration_tokens: int = 32768,
+    hard_link: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -60,6 +61,8 @@ def convert(
         rings: see `plan_conversion`.
         calibrate: routed start: a text that the routers are fitted to; None for `REFERENCE` in `calibrate`.
         calibration_tokens: of that text, at most.
+        hard_link: share the files of untouched shards with the source instead of copying them; nobody must write to
+            either afterwards.
         overwrite: replace the model that is at `out`.
         dry_run: plan only; nothing is written, and no weights are downloaded or unpacked.
         progress: called with the bytes done and in all after each shard.
@@ -90,12 +93,13 @@ def convert(
     if dry_run:
         return plan
     check_output(out, headers.folder, overwrite)
-    check_space(out, sum(tensor.bytes for tensor in plan.having("copied", "new")))
+    if not hard_link:
+        check_space(out, sum(tensor.bytes for tensor in plan.having("copied", "new")))
     with open_source(headers, scratch=out.with_name(f".{out.name}.unpacked")) as opened:
         plan = plan_conversion(opened, **options)
         choose = rings is None
         fit = None
         if start == "routed":
             fit = calibration_of(calibrate, calibration_tokens, num_slots, opened.folder, choose, calibrating)
-        write(plan, out, overwrite=overwrite, progress=progress, calibration=fit)
+        write(plan, out, overwrite=overwrite, progress=progress, calibration=fit, hard_link=hard_link)
     return plan

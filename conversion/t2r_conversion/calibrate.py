@@ -95,6 +95,11 @@ def calibration_of(
     return Calibration(Path(text).name if text else REFERENCE, torch.stack(windows), choose, progress)
 
 
+def reference() -> str:
+    """The text that `REFERENCE` names, whole."""
+    return "\n\n".join(topic for _, topic in sorted(topics.items()))
+
+
 def _documents(text: str | Path | None) -> Iterator[str]:
     if text is None:
         yield from (topic for _, topic in sorted(topics.items()))

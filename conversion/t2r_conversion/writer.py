@@ -2,8 +2,8 @@
 
 import json
 import shutil
-import struct
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -19,10 +19,10 @@ from t2r_conversion.calibrate import Calibration, fit_routers
 from t2r_conversion.headers import INDEX
 from t2r_conversion.plan import DTYPES, Plan, PlannedTensor
 from t2r_conversion.record import write_record
+from t2r_conversion.shards import copy_tensors, take_over
 from t2r_conversion.source import SMALL_FILES
 
 SEED = 0
-COPY_BYTES = 1 << 20
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of weights done so far and in all, after each shard."""
@@ -35,11 +35,12 @@ def write(
     overwrite: bool = False,
     progress: Progress | None = None,
     calibration: Calibration | None = None,
+    hard_link: bool = False,
 ) -> None:
     """Write the converted model.
 
-    Untouched shards are copied as files; one with dropped tensors is copied without them; new tensors go to one more
-    shard. An error or an interruption leaves nothing behind.
+    Untouched shards are taken over as files (see `take_over`); one with dropped tensors is copied without them; new
+    tensors go to one more shard. An error or an interruption leaves nothing behind.
 
     Args:
         plan: its source must come from `open_source`, which may still have to download or unpack.
@@ -47,6 +48,7 @@ def write(
         overwrite: replace the model that is there, once the new one is complete.
         progress: called after each shard.
         calibration: routed start: what its routers are fitted to.
+        hard_link: share the files of untouched shards with the source.
 
     Raises:
         ValueError: the weights are not on this machine; `out` exists, is not a model's folder, or holds the source;
@@ -57,12 +59,12 @@ def write(
     out = Path(out).absolute()
     check_output(out, plan.source.folder, overwrite)
     with made_whole(out) as partial:
-        check_space(out, _bytes_to_write(plan))
+        check_space(out, _bytes_to_write(plan, hard_link))
         partial.mkdir(parents=True)
-        about = _write_weights(plan, partial, progress or (lambda _done, _total: None), calibration)
+        about = _write_weights(plan, partial, progress or (lambda _done, _total: None), calibration, hard_link)
         copy_small_files(plan.source.folder, partial)
         (partial / "config.json").write_text(plan.config.to_json_string(), encoding="utf-8")
-        write_record(partial, {"conversion": _record(plan) | ({"calibration": about} if about else {})})
+        write_record(partial, {"conversion": _record(plan) | about})
 
 
 def check_output(out: Path, source: Path, overwrite: bool) -> None:
@@ -115,7 +117,8 @@ def made_whole(out: Path) -> Iterator[Path]:
     try:
         yield partial
         for shard in partial.glob("*.safetensors"):  # safetensors makes its files private to the user
-            shutil.copymode(partial / "config.json", shard)
+            if shard.stat().st_nlink == 1:  # others are the source's too
+                shutil.copymode(partial / "config.json", shard)
         _replace(out, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -135,14 +138,16 @@ def _replace(out: Path, new: Path) -> None:
             raise
 
 
-def _bytes_to_write(plan: Plan) -> int:
-    written = ("new",) if plan.source.temporary else ("copied", "new")
+def _bytes_to_write(plan: Plan, hard_link: bool) -> int:
+    written = ("new",) if plan.source.temporary or hard_link else ("copied", "new")
     weights = sum(tensor.bytes for tensor in plan.having(*written))
     return weights + sum(file.stat().st_size for file in small_files(plan.source.folder))
 
 
-def _write_weights(plan: Plan, folder: Path, progress: Progress, calibration: Calibration | None) -> dict:
-    """All shards and the index; returns what to record of the routers, layer by layer, if there are any.
+def _write_weights(
+    plan: Plan, folder: Path, progress: Progress, calibration: Calibration | None, hard_link: bool
+) -> dict:
+    """All shards and the index; returns what to record: how shards came, and of routers, layer by layer.
 
     Sizes of rings that were chosen are then in the plan's configuration.
     """
@@ -152,15 +157,18 @@ def _write_weights(plan: Plan, folder: Path, progress: Progress, calibration: Ca
     count = len(shards) + bool(new)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     targets = dict(zip([*shards, None], names, strict=False))  # new tensors have no shard of their own: None
+    came: Counter[str] = Counter()
     done, total = 0, sum(tensor.bytes for tensor in plan.having("copied", "new"))
     for shard in shards:
         kept = [tensor for tensor in plan.having("copied") if tensor.shard == shard]
         if shard in spoilt:
-            _copy_tensors(plan.source.folder / shard, folder / targets[shard], {t.name for t in kept})
+            copy_tensors(plan.source.folder / shard, folder / targets[shard], {t.name for t in kept})
+            came["written"] += 1
         elif plan.source.temporary:
             shutil.move(plan.source.folder / shard, folder / targets[shard])
+            came["written"] += 1
         else:
-            shutil.copyfile(plan.source.folder / shard, folder / targets[shard])
+            came[take_over(plan.source.folder / shard, folder / targets[shard], hard_link)] += 1
         done += sum(tensor.bytes for tensor in kept)
         progress(done, total)
     fitted, about = {}, {}
@@ -169,39 +177,14 @@ def _write_weights(plan: Plan, folder: Path, progress: Progress, calibration: Ca
         fit = fit_routers(plan.config, files, calibration.windows, calibration.choose, calibration.progress)
         fitted, plan.config.rings = fit.tensors, fit.rings if calibration.choose else plan.config.rings
         figures = {"r_squared": fit.r_squared, "errors": fit.errors}
-        about = calibration.as_dict() | {name: [round(x, 4) for x in each] for name, each in figures.items()}
+        figures = {name: [round(x, 4) for x in each] for name, each in figures.items()}
+        about = {"calibration": calibration.as_dict() | figures}
     if new:
         _write_new(new, folder / targets[None], fitted)
+        came["written"] += 1
         progress(total, total)
     _write_index(plan, targets, folder / INDEX)
-    return about
-
-
-def _copy_tensors(source: Path, target: Path, names: set[str]) -> None:
-    """Copy a safetensors file with only these tensors, as bytes: memory does not depend on its size."""
-    with source.open("rb") as reader, target.open("wb") as writer:
-        (length,) = struct.unpack("<Q", reader.read(8))
-        header = json.loads(reader.read(length))
-        spans = sorted((*header[name]["data_offsets"], name) for name in names)
-        kept, offset = {"__metadata__": {"format": "pt"}}, 0
-        for begin, end, name in spans:
-            kept[name] = header[name] | {"data_offsets": [offset, offset + end - begin]}
-            offset += end - begin
-        encoded = json.dumps(kept).encode()
-        encoded += b" " * (-len(encoded) % 8)  # safetensors keeps the data aligned
-        writer.write(struct.pack("<Q", len(encoded)) + encoded)
-        for begin, end, _ in spans:
-            reader.seek(8 + length + begin)
-            _copy_bytes(reader, writer, end - begin)
-
-
-def _copy_bytes(reader, writer, count: int) -> None:
-    while count:
-        block = reader.read(min(count, COPY_BYTES))
-        if not block:
-            raise ValueError(f"{reader.name}: ended early; download it again")
-        writer.write(block)
-        count -= len(block)
+    return {"shards": dict(came)} | about
 
 
 def _write_new(tensors: list[PlannedTensor], path: Path, fitted: dict[str, torch.Tensor]) -> None:

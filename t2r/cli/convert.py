@@ -1,5 +1,6 @@
 """`t2r convert`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,12 +28,19 @@ def convert(
         str,
         typer.Option(metavar="24,36", help="Routed start: sizes of the rings of slots, if not chosen for each layer."),
     ] = "",
+    hard_link: Annotated[
+        bool, typer.Option("--hard-link", help="Share unchanged shards with the source; write to neither afterwards.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Load source and result afterwards, and compare their logits.")
+    ] = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     json: Json = False,
 ) -> None:
     """Convert a softmax Transformer (Llama, Mistral, Qwen2, Qwen3) into a recurrent T2R model."""
     import t2r_conversion
+    from t2r_conversion.record import read_record
 
     gates = {"gate_write": gate_write, "gate_keep": gate_keep}
     with progress_bar("converting") as progress:
@@ -47,6 +55,7 @@ def convert(
             calibrate=calibrate,
             calibration_tokens=calibration_tokens,
             **{name: value for name, value in gates.items() if value is not None},
+            hard_link=hard_link,
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,
@@ -56,7 +65,25 @@ def convert(
         print_json(plan.as_dict())
     else:
         out.print(t2r_conversion.render(plan))
-    note("dry run: nothing is written" if dry_run else f"written to {output}")
+    if dry_run:
+        note("dry run: nothing is written")
+        return
+    shards = read_record(output)["conversion"]["shards"]
+    note(f"written to {output}; shards: {', '.join(f'{count} {how}' for how, count in shards.items())}")
+    if verify:
+        _verify(source, output)
+
+
+def _verify(source: str, output: Path) -> None:
+    from t2r.evaluation import verify_conversion
+    from t2r_conversion.calibrate import reference
+
+    found = verify_conversion(source, output, reference())
+    note(
+        f"verified on {found.tokens} tokens: with softmax attention the logits are the source's to {found.softmax:.1e} "
+        f"of their spread, with slots on the first of them to {found.slots:.1e}; "
+        f"{found.agreement:.1%} of all next tokens are the same"
+    )
 
 
 def _numbers(text: str, option: str, what: str) -> list[int]:

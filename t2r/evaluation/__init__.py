@@ -13,11 +13,13 @@ from t2r.evaluation.perplexity import (
     window_nlls,
 )
 from t2r.evaluation.text import read_text
+from t2r.evaluation.verify import Verification, verify_conversion
 
 __all__ = [
     "Band",
     "GenerationStats",
     "PerplexityReport",
+    "Verification",
     "cut_windows",
     "evaluate_perplexity",
     "generate_stream",
@@ -29,5 +31,6 @@ __all__ = [
     "resolve_device",
     "softmax_gains",
     "summarise",
+    "verify_conversion",
     "window_nlls",
 ]

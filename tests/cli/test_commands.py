@@ -143,12 +143,15 @@ def test_convert_writes_a_model(tmp_path):
     assert json.loads(planned.stdout)["num_slots"] == 16
     result = run(*command)
     assert result.exit_code == 0, result.output
-    assert f"written to {tmp_path / 'out'}" in result.stderr
+    assert f"written to {tmp_path / 'out'}; shards: 1 " in result.stderr
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["layer_types"] == ["linear_attention", "full_attention"]
     assert (config["num_sinks"], config["gate_write_logit"], config["gate_keep_logit"]) == (2, 5, 6)
     assert "exists" in fails(*command)
-    assert run(*command, "--overwrite").exit_code == 0
+    again = run(*command, "--overwrite", "--hard-link", "--verify")
+    assert again.exit_code == 0, again.output
+    assert "shards: 1 linked, 1 written" in again.stderr
+    assert "verified on 512 tokens" in again.stderr
 
 
 @pytest.mark.parametrize("layers", ["a", "0;1", "0,,1"])
