@@ -42,22 +42,17 @@ def read_headers(folder: Path) -> dict[str, SourceTensor]:
     if (folder / SINGLE).exists():
         return _read_header(folder / SINGLE)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise ValueError(f"{folder}: only pickled weights; convert them to safetensors first (load, save_pretrained)")
+        raise ValueError(
+            f"{folder}: only pickled weights under names that are not known (pytorch_model.bin is); convert them to "
+            "safetensors first (load, save_pretrained)"
+        )
     raise ValueError(f"{folder}: no {SINGLE} and no {INDEX}; download the weights first")
 
 
 def _read_shards(folder: Path) -> dict[str, SourceTensor]:
     index = folder / INDEX
-    weight_map = read_json(index, "cannot find the shards").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
-        raise ValueError(f"{index}: no weight_map; download the file again")
+    weight_map = index_of(index)
     shards = sorted(set(weight_map.values()))
-    outside = [shard for shard in shards if Path(shard).name != shard or shard in ("", "..")]
-    if outside:
-        raise ValueError(f"{index}: names files outside its folder ({', '.join(outside)}); do not trust this model")
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise ValueError(f"{index}: names shards that are not there ({', '.join(missing)}); download them again")
     tensors: dict[str, SourceTensor] = {}
     for shard in shards:
         tensors.update(_read_header(folder / shard))
@@ -67,6 +62,31 @@ def _read_shards(folder: Path) -> dict[str, SourceTensor]:
             f"{index}: tensors that are not in the shard it names ({', '.join(astray)}); download the model again"
         )
     return tensors
+
+
+def index_of(index: Path) -> dict[str, str]:
+    """Which file holds each tensor, as an index says.
+
+    Raises:
+        ValueError: it says nothing, or names files that are not there or are outside its folder.
+    """
+    weight_map = read_json(index, "cannot find the shards").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
+        raise ValueError(f"{index}: no weight_map; download the file again")
+    shards = sorted(set(weight_map.values()))
+    outside = [shard for shard in shards if Path(shard).name != shard or shard in ("", "..")]
+    if outside:
+        raise ValueError(f"{index}: names files outside its folder ({', '.join(outside)}); do not trust this model")
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        raise ValueError(f"{index}: names shards that are not there ({', '.join(missing)}); download them again")
+    return weight_map
+
+
+def write_index(weight_map: dict[str, str], path: Path, **metadata: int) -> None:
+    """Write an index that says which file holds each tensor."""
+    content = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_header(path: Path) -> dict[str, SourceTensor]:

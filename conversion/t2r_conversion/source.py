@@ -15,6 +15,7 @@ from yaml import YAMLError
 from t2r_conversion.families import Family, family_of
 from t2r_conversion.gguf import read_gguf_header, unpack_gguf
 from t2r_conversion.headers import INDEX, SINGLE, SourceTensor, one_line, read_headers, read_json
+from t2r_conversion.pickles import pickled, read_pickles, unpack_pickles
 
 CARD = "README.md"  # read for its licence; the converted model gets a card of its own
 
@@ -45,7 +46,7 @@ class Source:
 
     Attributes:
         name: a Hub id, or the last component of a local path.
-        kind: "folder", "hub" (weights not downloaded) or "gguf" (weights not unpacked).
+        kind: "folder", "hub" (weights not downloaded), "gguf" or "pickle" (weights not unpacked).
         folder: where its files are.
         family: its family.
         config: its configuration.
@@ -86,8 +87,8 @@ def open_source(source: str | Path | Source, *, scratch: str | Path | None = Non
 
     Args:
         source: what `read_source` takes, or what it returned.
-        scratch: folder to unpack a GGUF file in, emptied first and removed afterwards; one among the system's
-            temporary files when not given.
+        scratch: folder to unpack a GGUF file or pickled weights in, emptied first and removed afterwards; one among
+            the system's temporary files when not given.
 
     Raises:
         ValueError: as `read_source`, or the weights cannot be had.
@@ -103,7 +104,11 @@ def open_source(source: str | Path | Source, *, scratch: str | Path | None = Non
         folder = Path(scratch or mkdtemp(prefix="t2r-"))
         try:
             _empty(folder)
-            unpack_gguf(source.folder / source.name, source.config, folder)
+            if source.kind == "gguf":
+                unpack_gguf(source.folder / source.name, source.config, folder)
+            else:
+                unpack_pickles(source.folder, folder)
+                copy_small_files(source.folder, folder)
             yield replace(_read_folder(folder, source.name), temporary=True, license=source.license)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -115,8 +120,23 @@ def _empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
+def small_files(folder: Path) -> list[Path]:
+    """The files that come along beside the weights."""
+    return sorted({file for pattern in SMALL_FILES for file in folder.glob(pattern) if file.is_file()})
+
+
+def copy_small_files(folder: Path, to: Path) -> None:
+    """Copy tokenizer, generation settings, chat template and licence of one model folder into another."""
+    for file in small_files(folder):
+        target = to / file.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+
+
 def _read_folder(folder: Path, name: str) -> Source:
     family, config = _read_config(folder)
+    if pickled(folder) and not any((folder / file).exists() for file in (SINGLE, INDEX)):
+        return Source(name, "pickle", folder, family, config, read_pickles(folder), license=_licence(folder))
     return Source(name, "folder", folder, family, config, read_headers(folder), license=_licence(folder))
 
 
@@ -130,7 +150,10 @@ def _read_hub(name: str) -> Source:
     try:
         files = get_safetensors_metadata(name).files_metadata
     except (OSError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        raise ValueError(f"{name}: no safetensors weights can be read from the Hub ({one_line(error)})") from error
+        raise ValueError(
+            f"{name}: no safetensors weights can be read from the Hub ({one_line(error)}); if it has pickled ones, "
+            f"download it (hf download {name}) and convert the folder"
+        ) from error
     tensors = {
         tensor: SourceTensor(tuple(info.shape), info.dtype, shard)
         for shard, header in files.items()

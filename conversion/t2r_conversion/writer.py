@@ -1,6 +1,5 @@
 """Carry a plan out, one shard at a time, in a temporary folder that takes its name only when it is complete."""
 
-import json
 import shutil
 import tempfile
 from collections import Counter
@@ -16,11 +15,11 @@ from safetensors.torch import save_file
 
 import t2r
 from t2r_conversion.calibrate import Calibration, fit_routers
-from t2r_conversion.headers import INDEX
+from t2r_conversion.headers import INDEX, write_index
 from t2r_conversion.plan import DTYPES, Plan, PlannedTensor
 from t2r_conversion.record import write_record
 from t2r_conversion.shards import copy_tensors, take_over
-from t2r_conversion.source import SMALL_FILES
+from t2r_conversion.source import copy_small_files, small_files
 
 SEED = 0
 
@@ -93,19 +92,6 @@ def check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(f"{folder}: {needed:,} bytes needed, {free:,} free; make room or choose another disk")
-
-
-def small_files(folder: Path) -> list[Path]:
-    """The files that come along beside the weights."""
-    return sorted({file for pattern in SMALL_FILES for file in folder.glob(pattern) if file.is_file()})
-
-
-def copy_small_files(folder: Path, to: Path) -> None:
-    """Copy tokenizer, generation settings, chat template and licence of one model folder into another."""
-    for file in small_files(folder):
-        target = to / file.relative_to(folder)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
 
 
 @contextmanager
@@ -202,8 +188,7 @@ def _write_index(plan: Plan, targets: dict[str | None, str], path: Path) -> None
         "total_parameters": sum(tensor.parameters for tensor in written),
         "total_size": sum(tensor.bytes for tensor in written),
     }
-    weight_map = {tensor.name: targets[tensor.shard] for tensor in sorted(written, key=lambda t: t.name)}
-    _write_json(path, {"metadata": metadata, "weight_map": weight_map})
+    write_index({tensor.name: targets[tensor.shard] for tensor in written}, path, **metadata)
 
 
 def _record(plan: Plan) -> dict:
@@ -213,7 +198,3 @@ def _record(plan: Plan) -> dict:
         "versions": {package.__name__: package.__version__ for package in packages},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

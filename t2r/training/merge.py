@@ -13,7 +13,8 @@ from t2r.evaluation.loading import locate
 from t2r.training.folder import CONFIG, holds_result
 from t2r.training.recipe import load_config
 from t2r_conversion.record import read_record, write_record
-from t2r_conversion.writer import check_output, check_space, copy_small_files, made_whole
+from t2r_conversion.source import copy_small_files
+from t2r_conversion.writer import check_output, check_space, made_whole
 
 
 def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> None:

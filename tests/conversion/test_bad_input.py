@@ -88,8 +88,8 @@ def test_no_weights(source):
 
 
 def test_only_pickles(source):
-    (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    refuse(source, "pickled", "convert them to safetensors")
+    (source / "model.safetensors").rename(source / "weights.bin")
+    refuse(source, "pickled", "pytorch_model.bin is", "convert them to safetensors")
 
 
 def test_no_config(source):
