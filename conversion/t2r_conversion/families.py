@@ -47,9 +47,13 @@ class Family:
         """The `T2RConfig` arguments that follow from the source's configuration.
 
         Raises:
-            ValueError: some layers have a sliding window and others have none.
+            ValueError: some layers have a sliding window and others have none, or a size is no size.
         """
         values = dict(self.fixed)
+        for name, most in MOST.items():
+            size = getattr(source_config, name, None)
+            if size is not None and (type(size) is not int or not 0 < size <= most):
+                raise ValueError(f"{name} of the source's configuration is {size!r}, which makes no sense")
         for name, targets in self.config_fields.items():
             values.update(dict.fromkeys(targets, getattr(source_config, name)))
         types = set(getattr(source_config, "layer_types", None) or ())
@@ -99,6 +103,17 @@ def _conditions(config: T2RConfig) -> dict[str, bool]:
         "mlp_bias": config.mlp_bias,
     }
 
+
+MOST = {
+    "vocab_size": 2**31,
+    "hidden_size": 2**24,
+    "intermediate_size": 2**24,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+}
+"""Sizes beyond which a configuration is damaged, and would cost memory before it is found to be."""
 
 COMMON_FIELDS = {
     name: (name,)
@@ -222,7 +237,8 @@ def family_of(model_type: str | None, architectures: list[str] | None, where: st
             f"{where}: model_type {model_type!r} is not supported; supported families: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[model_type]
-    if architectures and not set(architectures) & set(family.architectures):
+    named = set(map(str, architectures)) if isinstance(architectures, list) else {str(architectures)}
+    if architectures and not named & set(family.architectures):
         raise ValueError(
             f"{where}: architectures is {architectures}; convert a checkpoint of {' or '.join(family.architectures)}"
         )

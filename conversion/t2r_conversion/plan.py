@@ -12,7 +12,7 @@ import torch
 
 from t2r.model.configuration_t2r import LINEAR_ATTENTION, T2RConfig
 from t2r.model.starts import new_tensors
-from t2r_conversion.headers import SourceTensor
+from t2r_conversion.headers import SourceTensor, one_line
 from t2r_conversion.source import Source
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -142,15 +142,12 @@ def plan_conversion(
     """
     _warn_without_effect(start, num_sinks=num_sinks, gate_write_logit=gate_write, gate_keep_logit=gate_keep)
     values = source.family.config_values(source.config)
-    config = T2RConfig(
-        **values,
-        start=start,
-        num_slots=num_slots,
-        num_sinks=num_sinks,
-        gate_write_logit=gate_write,
-        gate_keep_logit=gate_keep,
-        rings=rings,
-    )
+    options = {"start": start, "num_slots": num_slots, "num_sinks": num_sinks, "rings": rings}
+    options |= {"gate_write_logit": gate_write, "gate_keep_logit": gate_keep}
+    try:
+        config = T2RConfig(**values, **options)
+    except Exception as error:  # whatever transformers makes of fields that make no sense
+        raise ValueError(one_line(error)) from error
     config.layer_types = _layer_types(config, keep_softmax)
     _check_tensors(source, config)
     kept = _source_tensors(source, config)
