@@ -10,6 +10,7 @@ GPUs, and its row in `recovery.json`, which a later run of the same recipe and s
 
 import argparse
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -40,15 +41,18 @@ EXCERPT, EXCERPTS = 10_000, 48  # characters of each document that routers are f
 def prepare(data: Path, work: Path) -> None:
     """Unpack the corpus into DIR/corpus.jsonl, and excerpts of documents chosen at random into DIR/calibrate.jsonl."""
     work.mkdir(parents=True, exist_ok=True)
-    if (work / "calibrate.jsonl").is_file():
+    packed_corpus, seen = data / "corpus.jsonl.gz", work / "corpus.size"
+    size = str(packed_corpus.stat().st_size) if packed_corpus.is_file() else None
+    if (work / "calibrate.jsonl").is_file() and (size is None or (seen.is_file() and seen.read_text() == size)):
         return
-    with gzip.open(data / "corpus.jsonl.gz", "rb") as packed, (work / "corpus.jsonl").open("wb") as file:
+    with gzip.open(packed_corpus, "rb") as packed, (work / "corpus.jsonl").open("wb") as file:
         shutil.copyfileobj(packed, file)
     with (work / "corpus.jsonl").open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
     chosen = random.Random(0).sample([text for text in texts if len(text) > EXCERPT], EXCERPTS)
     lines = (json.dumps({"text": text[:EXCERPT]}) + "\n" for text in chosen)
     (work / "calibrate.jsonl").write_text("".join(lines), encoding="utf-8")
+    seen.write_text(size)
 
 
 def nlls(model, tokenizer, text: str, share: float) -> dict[int, torch.Tensor]:
@@ -74,9 +78,10 @@ def measured(model: Path, text: str, share: float, asked: int) -> dict:
 
 def teacher_measured(options: argparse.Namespace) -> dict:
     """The teacher's, measured once."""
-    path = options.work / f"teacher-{options.share}-{options.recall}.pt"
+    text = (options.data / "wikitext2-valid.txt").read_text(encoding="utf-8")
+    key = hashlib.sha256(f"{options.model.resolve()} {text}".encode()).hexdigest()[:12]
+    path = options.work / f"teacher-{key}-{options.share}-{options.recall}.pt"
     if not path.is_file():
-        text = (options.data / "wikitext2-valid.txt").read_text(encoding="utf-8")
         torch.save(measured(options.model, text, options.share, options.recall), path)
     return torch.load(path)
 

@@ -10,7 +10,7 @@ from t2r_conversion.headers import SourceTensor
 from t2r_conversion.plan import Plan, PlannedTensor, plan_conversion
 from t2r_conversion.report import render
 from t2r_conversion.source import Source, open_source, read_source
-from t2r_conversion.writer import Progress, check_output, check_space, write
+from t2r_conversion.writer import Progress, can_link, check_output, check_space, write
 
 __all__ = [
     "FAMILIES",
@@ -93,13 +93,14 @@ def convert(
     if dry_run:
         return plan
     check_output(out, headers.folder, overwrite)
-    if not hard_link:
+    if not (hard_link and can_link(headers, out)):
         check_space(out, sum(tensor.bytes for tensor in plan.having("copied", "new")))
+    routed = start == "routed"
+    about = calibrate, calibration_tokens, num_slots
+    fit = calibration_of(*about, headers.folder, calibrating) if routed and headers.kind != "gguf" else None
     with open_source(headers, scratch=out.with_name(f".{out.name}.unpacked")) as opened:
         plan = plan_conversion(opened, **options)
-        choose = rings is None
-        fit = None
-        if start == "routed":
-            fit = calibration_of(calibrate, calibration_tokens, num_slots, opened.folder, choose, calibrating)
+        if routed and fit is None:
+            fit = calibration_of(*about, opened.folder, calibrating)
         write(plan, out, overwrite=overwrite, progress=progress, calibration=fit, hard_link=hard_link)
     return plan

@@ -1,6 +1,7 @@
 """Fit the routers of a model to its source's attention on a text, one layer at a time."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from t2r.model.configuration_t2r import LINEAR_ATTENTION, T2RConfig
 from t2r.model.modeling_t2r import T2RDecoderLayer, rotate
 from t2r.model.positions import Positions
 from t2r.model.rings import ring_schedule
+from t2r_conversion.headers import one_line
 
 WINDOW = 1024  # tokens
 LATER, FAR = 24, 400  # a token matters by the queries that come so many tokens later: not before, not after
@@ -38,13 +40,11 @@ class Calibration:
     Attributes:
         text: its name.
         windows: its tokens, `[windows, WINDOW]`.
-        choose: whether sizes of rings are chosen, layer by layer.
         progress: called with the layers done and in all after each.
     """
 
     text: str
     windows: Tensor
-    choose: bool = True
     progress: Progress | None = None
 
     def as_dict(self) -> dict[str, str | int]:
@@ -57,7 +57,6 @@ def calibration_of(
     tokens: int,
     num_slots: int,
     tokenizer_folder: Path,
-    choose: bool = True,
     progress: Progress | None = None,
 ) -> Calibration:
     """The first windows of a text, each within one document.
@@ -68,7 +67,6 @@ def calibration_of(
         tokens: how many at most.
         num_slots: of the converted model; windows have twice as many tokens, and at least `WINDOW`.
         tokenizer_folder: of the source.
-        choose: see `Calibration`.
         progress: see `Calibration`.
 
     Raises:
@@ -79,9 +77,10 @@ def calibration_of(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     except Exception as error:  # whatever transformers and tokenizers raise
         raise ValueError(
-            "the source has no tokenizer that works, so routers cannot be fitted to a text; use start 'window'"
+            "the source has no tokenizer that works, so routers cannot be fitted to a text; use start 'window' "
+            f"({one_line(error)})"
         ) from error
-    for document in _documents(text):
+    for document in [reference()] if text is None and window > WINDOW else _documents(text):
         wanted = tokens // window - len(windows)
         if wanted <= 0:
             break
@@ -89,10 +88,10 @@ def calibration_of(
         windows += torch.tensor(ids).split(window)[: min(wanted, len(ids) // window)]
     if not windows:
         raise ValueError(
-            f"{text or REFERENCE}: no document, or none of {window} tokens, to calibrate on; use a longer text or "
-            "more calibration tokens"
+            f"{text or REFERENCE}: no document, or none of {window} tokens, to calibrate on; use a longer text, more "
+            "calibration tokens, or start 'window'"
         )
-    return Calibration(Path(text).name if text else REFERENCE, torch.stack(windows), choose, progress)
+    return Calibration(Path(text).name if text else REFERENCE, torch.stack(windows), progress)
 
 
 def reference() -> str:
@@ -109,7 +108,17 @@ def _documents(text: str | Path | None) -> Iterator[str]:
         if text.suffix != ".jsonl":
             yield file.read()
         else:
-            yield from (json.loads(line)["text"] for line in file if line.strip())
+            yield from (_text_of(line, f"{text}, line {i}") for i, line in enumerate(file, 1) if line.strip())
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({one_line(error)})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ValueError(f"{where}: no `text` to calibrate on")
+    return row["text"]
 
 
 def check_text(text: str | Path) -> None:
@@ -136,7 +145,6 @@ class Fit:
     errors: list[float]
 
 
-@torch.no_grad()
 def fit_routers(
     config: T2RConfig, files: dict[str, Path], windows: Tensor, choose: bool = True, progress: Progress | None = None
 ) -> Fit:
@@ -155,7 +163,24 @@ def fit_routers(
         choose: whether the sizes of rings are to be chosen, or stay as in `config`.
         progress: called with the layers done and in all after each.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        try:
+            return _fit(config, files, windows, choose, progress, torch.device("cuda"))
+        except torch.OutOfMemoryError:
+            warnings.warn("the GPU is too full to fit routers on; the CPU does it", stacklevel=2)
+            torch.cuda.empty_cache()
+    return _fit(config, files, windows, choose, progress, torch.device("cpu"))
+
+
+@torch.no_grad()
+def _fit(
+    config: T2RConfig,
+    files: dict[str, Path],
+    windows: Tensor,
+    choose: bool,
+    progress: Progress | None,
+    device: torch.device,
+) -> Fit:
     softmax = copy(config)
     softmax.layer_types = [config.softmax_type] * config.num_hidden_layers
     rope = LlamaRotaryEmbedding(config).to(device)

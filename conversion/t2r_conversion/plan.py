@@ -55,6 +55,7 @@ class Plan:
     config: T2RConfig
     dtype: torch.dtype
     tensors: tuple[PlannedTensor, ...]
+    choose_rings: bool = False  # when routers are fitted, layer by layer; until then the configuration's are a default
 
     def having(self, *actions: str) -> list[PlannedTensor]:
         """The tensors with one of these actions."""
@@ -97,7 +98,7 @@ class Plan:
             "start": config.start,
             "num_slots": config.num_slots,
             "num_sinks": config.num_sinks,
-            **({"rings": config.rings} if config.rings else {}),
+            **self._rings(),
             "gate_write_logit": config.gate_write_logit,
             "gate_keep_logit": config.gate_keep_logit,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -106,6 +107,13 @@ class Plan:
             "totals": self.totals(),
             "memory": self.memory(),
         }
+
+    def _rings(self) -> dict[str, Any]:
+        rings = self.config.rings
+        if rings is None:
+            return {}
+        chosen = isinstance(rings[0], list)
+        return {"rings": rings if chosen or not self.choose_rings else "chosen for each layer when routers are fitted"}
 
     def as_dict(self) -> dict[str, Any]:
         """The whole plan, ready for JSON."""
@@ -129,10 +137,10 @@ def plan_conversion(
         source: from `read_source` or `open_source`.
         start: "window", "routed" or "paper".
         num_slots: slots of each key/value head.
-        num_sinks: window start: slots that keep the first tokens.
+        num_sinks: window and routed start: slots that keep the first tokens.
         keep_softmax: numbers of the layers that stay softmax attention.
-        gate_write: window start: `T2RConfig.gate_write_logit`.
-        gate_keep: window start: `T2RConfig.gate_keep_logit`.
+        gate_write: window and routed start: `T2RConfig.gate_write_logit`.
+        gate_keep: window and routed start: `T2RConfig.gate_keep_logit`.
         rings: routed start: sizes of its rings; None for two, whose sizes are chosen for each layer when routers are
             fitted.
 
@@ -154,7 +162,8 @@ def plan_conversion(
     dtype = _main_dtype(kept)
     config.architectures = ["T2RForCausalLM"]
     config.dtype = DTYPES[dtype]
-    return Plan(source, config, DTYPES[dtype], (*kept, *_new_tensors(config, dtype)))
+    choose = start == "routed" and rings is None
+    return Plan(source, config, DTYPES[dtype], (*kept, *_new_tensors(config, dtype)), choose)
 
 
 def _warn_without_effect(start: str, **settings: float) -> None:

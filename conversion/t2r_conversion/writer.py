@@ -19,7 +19,7 @@ from t2r_conversion.headers import INDEX, write_index
 from t2r_conversion.plan import DTYPES, Plan, PlannedTensor
 from t2r_conversion.record import write_record
 from t2r_conversion.shards import copy_tensors, take_over
-from t2r_conversion.source import copy_small_files, small_files
+from t2r_conversion.source import Source, copy_small_files, small_files
 
 SEED = 0
 
@@ -58,7 +58,7 @@ def write(
     out = Path(out).absolute()
     check_output(out, plan.source.folder, overwrite)
     with made_whole(out) as partial:
-        check_space(out, _bytes_to_write(plan, hard_link))
+        check_space(out, _bytes_to_write(plan, hard_link and can_link(plan.source, out)))
         partial.mkdir(parents=True)
         about = _write_weights(plan, partial, progress or (lambda _done, _total: None), calibration, hard_link)
         copy_small_files(plan.source.folder, partial)
@@ -124,8 +124,14 @@ def _replace(out: Path, new: Path) -> None:
             raise
 
 
-def _bytes_to_write(plan: Plan, hard_link: bool) -> int:
-    written = ("new",) if plan.source.temporary or hard_link else ("copied", "new")
+def can_link(source: Source, out: Path) -> bool:
+    """Whether a model's shards are files on the file system that `out` is to be on."""
+    parent = next(parent for parent in out.parents if parent.exists())
+    return source.kind == "folder" and source.folder.resolve().stat().st_dev == parent.stat().st_dev
+
+
+def _bytes_to_write(plan: Plan, links: bool) -> int:
+    written = ("new",) if plan.source.temporary or links else ("copied", "new")
     weights = sum(tensor.bytes for tensor in plan.having(*written))
     return weights + sum(file.stat().st_size for file in small_files(plan.source.folder))
 
@@ -160,8 +166,8 @@ def _write_weights(
     fitted, about = {}, {}
     if calibration:
         files = {tensor.name: folder / targets[tensor.shard] for tensor in plan.having("copied")}
-        fit = fit_routers(plan.config, files, calibration.windows, calibration.choose, calibration.progress)
-        fitted, plan.config.rings = fit.tensors, fit.rings if calibration.choose else plan.config.rings
+        fit = fit_routers(plan.config, files, calibration.windows, plan.choose_rings, calibration.progress)
+        fitted, plan.config.rings = fit.tensors, fit.rings if plan.choose_rings else plan.config.rings
         figures = {"r_squared": fit.r_squared, "errors": fit.errors}
         figures = {name: [round(x, 4) for x in each] for name, each in figures.items()}
         about = {"calibration": calibration.as_dict() | figures}

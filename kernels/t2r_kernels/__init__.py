@@ -1,7 +1,17 @@
 """Gated Slot Attention, the operator: `gsa` for whole sequences, `gsa_step` for one token."""
 
-from t2r_kernels.api import BACKENDS, gsa, gsa_step, resolve_backend
+from t2r_kernels.api import BACKENDS, gsa, gsa_step, resolve_backend, takes_triton
 from t2r_kernels.gate import Gate, log_gate
 from t2r_kernels.state import SlotState, zero_state
 
-__all__ = ["BACKENDS", "Gate", "SlotState", "gsa", "gsa_step", "log_gate", "resolve_backend", "zero_state"]
+__all__ = [
+    "BACKENDS",
+    "Gate",
+    "SlotState",
+    "gsa",
+    "gsa_step",
+    "log_gate",
+    "resolve_backend",
+    "takes_triton",
+    "zero_state",
+]

@@ -201,6 +201,11 @@ def resolve_backend(backend: str, device_type: str, refusal: str | None = None) 
     return backend
 
 
+def takes_triton(head_dim: int, num_slots: int) -> bool:
+    """Whether "auto" is triton on CUDA for heads this wide and this many slots (fp64 aside)."""
+    return HAS_TRITON and head_dim <= MAX_WIDTH and num_slots <= MAX_SLOTS
+
+
 @cache
 def _say_once(backend: str, device_type: str, refusal: str | None) -> None:
     why = f" ({refusal} is not for triton)" if refusal and device_type == "cuda" else ""

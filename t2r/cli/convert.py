@@ -14,16 +14,18 @@ def convert(
     output: Output,
     start: Annotated[str, typer.Option(help="How the recurrent layers begin: routed, window or paper.")] = "routed",
     slots: Annotated[int, typer.Option(help="Slots of each key/value head.")] = 64,
-    sinks: Annotated[int, typer.Option(help="Window start: slots that keep the first tokens.")] = 4,
+    sinks: Annotated[int, typer.Option(help="Window and routed start: slots that keep the first tokens.")] = 4,
     keep_softmax: Annotated[str, typer.Option(metavar="0,8,16", help="Layers that keep softmax attention.")] = "",
     gate_write: Annotated[
-        float | None, typer.Option(help="Window start: logit that empties the slot being written.")
+        float | None, typer.Option(help="Window and routed start: logit that empties the slot being written.")
     ] = None,
-    gate_keep: Annotated[float | None, typer.Option(help="Window start: logit that keeps the other slots.")] = None,
+    gate_keep: Annotated[
+        float | None, typer.Option(help="Window and routed start: logit that keeps the other slots.")
+    ] = None,
     calibrate: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Routed start: a .txt or .jsonl file that routers are fitted to.")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="Routed start: of that file, at most.")] = 32768,
+    calibration_tokens: Annotated[int, typer.Option(help="Routed start: of that text, at most.")] = 32768,
     rings: Annotated[
         str,
         typer.Option(metavar="24,36", help="Routed start: sizes of the rings of slots, if not chosen for each layer."),

@@ -75,7 +75,10 @@ def layers(
 
     from t2r.evaluation import cut_windows, load_model, load_tokenizer, read_text, softmax_gains
     from t2r.model import T2RForCausalLM
+    from t2r_conversion.record import read_record
 
+    if "training" in read_record(model):
+        raise ValueError(f"{model}: was trained, so its softmax attention is not its source's any more; convert anew")
     windows = cut_windows(load_tokenizer(model), read_text(text), window, limit or None)
     loaded = load_model(model, dtype=dtype, device=device)
     if not isinstance(loaded, T2RForCausalLM):

@@ -159,8 +159,15 @@ class T2RConfig(PreTrainedConfig):
             if self.rings is not None:
                 raise ValueError(f"rings belong to start 'routed', got start {self.start!r}")
             return
+        if self.num_slots - self.num_sinks < 2:
+            raise ValueError(
+                f"start 'routed' needs two slots beside the sinks, got num_slots={self.num_slots}, "
+                f"num_sinks={self.num_sinks}; use more slots, or start 'window'"
+            )
         if self.rings is None:
             self.rings = default_rings(self.num_slots, self.num_sinks)
+        if not self.rings:
+            raise ValueError("rings must be two or more, got none")
         each = [self.rings_of(layer) for layer in range(self.num_hidden_layers)]
         for rings in each:
             if len(rings) < 2 or min(rings) < 1 or self.num_sinks + sum(rings) != self.num_slots:
@@ -175,5 +182,5 @@ class T2RConfig(PreTrainedConfig):
 def default_rings(num_slots: int, num_sinks: int) -> list[int]:
     """A short ring for most tokens and a long one for the few."""
     slots = num_slots - num_sinks
-    short = min(28, slots * 2 // 5)
+    short = max(1, min(28, slots * 2 // 5))
     return [short, slots - short]

@@ -4,7 +4,9 @@ A graph is captured once for each shape of micro-batch and then replayed. What i
 inputs are copied in, outputs are copied out, and gradients are added to buffers that outlive the optimizer's step.
 """
 
-from collections.abc import Callable, Hashable
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +15,12 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from t2r.model import T2RConfig
 from t2r.training.config import TrainConfig
+from t2r_kernels import takes_triton
 
 MOST_PARAMETERS = 2_000_000_000  # of a model whose step waits for the host rather than for the device
 FEWEST_DOCUMENTS = 32
-WARM_UP = 2  # passes before a capture: kernels are compiled, and libraries take their workspaces
 
 Pass = Callable[[dict[str, Tensor], Hashable], tuple[Tensor, ...]]
 """From inputs, and what else the pass depends on, to outputs. It runs the backward pass too."""
@@ -33,7 +36,7 @@ class Captured:
 
 
 class NotCapturable(RuntimeError):
-    """Something in a pass waits for the device, or does what else a CUDA graph cannot hold."""
+    """A pass waits for the device, or a CUDA graph of it would not fit beside what else is in memory."""
 
 
 class GraphedPass:
@@ -60,7 +63,8 @@ class GraphedPass:
             kind: handed to the pass as it is; each has graphs of its own.
 
         Raises:
-            NotCapturable: the pass cannot be captured. Gradients are then what they were.
+            NotCapturable: the pass cannot be captured. Gradients are then what they were, and all graphs are gone.
+            ValueError: a capture failed though all seemed well.
         """
         self._hold_gradients()
         key = kind, *((name, x.shape) for name, x in inputs.items())
@@ -82,32 +86,66 @@ class GraphedPass:
             parameter.grad = buffer
 
     def _capture(self, inputs: dict[str, Tensor], kind: Hashable) -> Captured:
-        so_far = [buffer.clone() for buffer in self.gradients]
-        random, stream = torch.cuda.get_rng_state(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self.run(inputs, kind)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the graph takes its memory from a pool of its own
-        torch.cuda.set_rng_state(random)  # a resumed run captures anew, and must not draw other numbers for it
-        torch._foreach_copy_(self.gradients, so_far)
+        so_far, random = [buffer.clone() for buffer in self.gradients], torch.cuda.get_rng_state()
+        try:
+            self._warm_up(inputs, kind)
+        except NotCapturable:
+            self.captured, self.pool = {}, None  # what they hold is wanted elsewhere
+            raise
+        finally:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # the graph takes its memory from a pool of its own
+            torch.cuda.set_rng_state(random)  # a resumed run captures anew, and must not draw other numbers for it
+            torch._foreach_copy_(self.gradients, so_far)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 outputs = self.run(inputs, kind)
-        except RuntimeError as error:
-            raise NotCapturable(str(error).partition("\n")[0]) from error
+        except RuntimeError as error:  # what a broken capture leaves behind is not to be gone on from
+            reason = str(error).partition("\n")[0]
+            message = f"a CUDA graph of this model cannot be captured ({reason}); set cuda_graphs: false"
+            raise ValueError(message) from error
         self.pool = graph.pool()
         return Captured(inputs, outputs, graph.replay)
 
+    def _warm_up(self, inputs: dict[str, Tensor], kind: Hashable) -> None:
+        """Run the pass twice: kernels are compiled, libraries take their workspaces; and see that nothing waits."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                self.run(inputs, kind)
+                with _no_waiting():
+                    self.run(inputs, kind)
+        except torch.OutOfMemoryError as error:
+            raise NotCapturable("there is no memory for them") from error
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            raise NotCapturable("it waits for the device") from error
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
 
-def wants_graphs(config: TrainConfig, parameters: int, dtype: str, state: PartialState) -> bool:
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Within the context, what waits for the device is an error."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, says torch
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def wants_graphs(config: TrainConfig, network: T2RConfig, parameters: int, dtype: str, state: PartialState) -> bool:
     """Whether passes are to be CUDA graphs: as the recipe says, or where that serves.
 
     Args:
         config: of the run.
+        network: of the model.
         parameters: of the model.
         dtype: of its frozen weights.
         state: this process among the others.
@@ -117,6 +155,7 @@ def wants_graphs(config: TrainConfig, parameters: int, dtype: str, state: Partia
     """
     against = {
         "a GPU": state.device.type != "cuda",
+        "the operator's triton backend": not takes_triton(network.head_dim, network.num_slots),
         "dtype: bfloat16": dtype != "bfloat16",
         "one process": state.distributed_type != DistributedType.NO,
         "gradient_checkpointing: false": config.gradient_checkpointing,

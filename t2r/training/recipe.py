@@ -125,9 +125,11 @@ def _check_stage(stage: StageConfig, at: str) -> None:
     counts = {name: getattr(stage, name) for name in ("steps", "tokens", "batch_size", "gradient_accumulation")}
     _at_least(1, **{f"{at}{name}": value for name, value in counts.items()} | {f"{at}loss.top_k": loss.top_k})
     _at_least(2, **{f"{at}{'' if at else 'data.'}sequence_length": stage.sequence_length})
-    for key in ("lr", "gate_lr", "weight_decay", "max_grad_norm", "warmup_steps", "eps"):
+    for key in ("lr", "gate_lr", "weight_decay", "max_grad_norm", "warmup_steps"):
         if getattr(optim, key) < 0:
             raise ValueError(f"{at}optim.{key} must not be negative, got {getattr(optim, key)}")
+    if optim.eps <= 0:
+        raise ValueError(f"{at}optim.eps must be greater than 0, got {optim.eps}")
     for key in ("align", "distill", "cross_entropy"):
         if getattr(loss, key) < 0:
             raise ValueError(f"{at}loss.{key} must not be negative, got {getattr(loss, key)}")

@@ -13,7 +13,7 @@ from transformers.trainer_utils import set_seed
 
 from t2r.evaluation import load_model, load_tokenizer, read_text
 from t2r.model import T2RForCausalLM
-from t2r.training.adapters import add_adapters, check_converted
+from t2r.training.adapters import add_adapters, base_of, check_converted
 from t2r.training.config import TrainConfig
 from t2r.training.data import PackedRows, tokenise
 from t2r.training.evaluator import EvaluateEvery, Evaluator
@@ -97,7 +97,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     rows = [PackedRows(tokens, stage.config.sequence_length) for stage in stages]
     set_seed(config.seed)
     model, teacher = _student_and_teacher(config, dtype, str(state.device))
-    graphs = wants_graphs(config, model.num_parameters(), dtype, state)
+    graphs = wants_graphs(config, base_of(model).config, model.num_parameters(), dtype, state)
     for network in (model, teacher.model) if isinstance(teacher, SeparateTeacher) else (model,):
         if liger:
             use_liger(network)

@@ -110,6 +110,8 @@ def test_eval_layers(tmp_path):
     assert f"--keep-softmax {best} gains {found['gain']:.4f}" in run(*command, "--keep", 1).stdout
     tiny_llama(tmp_path / "source")
     assert "a llama model; convert it first" in fails("eval", "layers", tmp_path / "source", *command[3:])
+    write_record(tmp_path / "model", training={})
+    assert "was trained" in fails(*command)
 
 
 def test_generate_streams_text_and_says_what_it_took(tmp_path):

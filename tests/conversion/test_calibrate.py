@@ -155,8 +155,9 @@ def test_sizes_of_rings_are_chosen(tmp_path, short):
     assert record["rings"] == plan.config.rings
     least = record["calibration"]["errors"]
     for rings in ([2, 10], [6, 6], [10, 2]):
-        options = {"rings": rings, "keep_softmax": [1], "calibration_tokens": 400} | options
-        convert(tmp_path / "source", tmp_path / "fixed", overwrite=True, **options)
+        fixed = options | {"rings": rings, "keep_softmax": [1], "calibration_tokens": 400}
+        plan = convert(tmp_path / "source", tmp_path / "fixed", overwrite=True, **fixed)
+        assert plan.config.rings == rings
         record = json.loads((tmp_path / "fixed" / "t2r_record.json").read_text())["conversion"]
         assert record["calibration"]["errors"][0] >= least[0] - 1e-4
 
@@ -168,6 +169,30 @@ def test_without_a_text_routers_are_fitted_to_what_python_ships(tmp_path, short)
     assert record["start"] == "routed"
     assert record["calibration"]["text"] == "the reference that Python ships"
     assert record["calibration"]["tokens"] == 256
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "completion": "b"}', r"text\.jsonl, line 2: no `text` to calibrate on"),
+        ('{"text": null}', "line 2: no `text`"),
+        ('"a string"', "line 2: no `text`"),
+        ("{", "line 2: not JSON"),
+    ],
+)
+def test_a_file_without_text_is_told(tmp_path, short, line, message):
+    tiny_llama(tmp_path / "source")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "the cat"}) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "source", tmp_path / "out", calibrate=tmp_path / "text.jsonl", num_slots=8, num_sinks=2)
+
+
+def test_what_is_to_be_chosen_is_not_shown_as_if_it_were(tmp_path):
+    tiny_llama(tmp_path / "source")
+    plan = convert(tmp_path / "source", tmp_path / "out", num_slots=8, num_sinks=2, dry_run=True)
+    assert plan.summary()["rings"] == "chosen for each layer when routers are fitted"
+    plan = convert(tmp_path / "source", tmp_path / "out", num_slots=8, num_sinks=2, rings=[2, 4], dry_run=True)
+    assert plan.summary()["rings"] == [2, 4]
 
 
 def test_windows_are_longer_than_what_slots_hold(tmp_path, short):

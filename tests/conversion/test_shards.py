@@ -59,6 +59,20 @@ def test_conversion_with_links(tmp_path):
     assert tiny.hashes(source) == before
 
 
+def test_space_is_asked_for_where_no_link_can_be(tmp_path, monkeypatch):
+    source, asked = tiny.llama(tmp_path / "source"), []
+    monkeypatch.setattr("t2r_conversion.check_space", lambda _, needed: asked.append(needed))
+    monkeypatch.setattr("t2r_conversion.writer.check_space", lambda _, needed: asked.append(needed))
+    convert(source, tmp_path / "linked", num_slots=8, hard_link=True)
+    (of_links,) = asked
+    asked.clear()
+    monkeypatch.setattr("t2r_conversion.can_link", lambda *_: False)
+    monkeypatch.setattr("t2r_conversion.writer.can_link", lambda *_: False)
+    convert(source, tmp_path / "copied", num_slots=8, hard_link=True)
+    weights = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    assert min(asked) - of_links > 0.9 * weights
+
+
 def test_a_shard_with_dropped_tensors_is_written_though_others_are_linked(tmp_path):
     source = tiny.llama(tmp_path / "source", shard_size="20KB")
     spoilt = sorted(source.glob("*.safetensors"))[0]

@@ -89,6 +89,8 @@ def test_a_router_is_no_parameter_and_is_saved(tmp_path):
     [
         ({"start": "routed", "rings": [3, 3]}, "together be num_slots - num_sinks = 7"),
         ({"start": "routed", "rings": [7]}, "two or more"),
+        ({"start": "routed", "rings": []}, "two or more, got none"),
+        ({"start": "routed", "num_sinks": 7}, r"needs two slots beside the sinks.*start 'window'"),
         ({"start": "routed", "rings": [[3, 4], [4, 3]]}, "rings name 2 layers, num_hidden_layers is 3"),
         ({"start": "routed", "rings": [[3, 4], [4, 3], [4, 4]]}, "together be"),
         ({"start": "routed", "rings": [[3, 4], [4, 3], [1, 2, 4]]}, "as many in each layer"),
@@ -97,4 +99,8 @@ def test_a_router_is_no_parameter_and_is_saved(tmp_path):
 )
 def test_bad_rings(options, message):
     with pytest.raises(ValueError, match=message):
-        T2RConfig(**SHAPE, num_slots=8, num_sinks=1, **options)
+        T2RConfig(**SHAPE | {"num_slots": 8, "num_sinks": 1} | options)
+
+
+def test_the_fewest_slots_are_two_rings():
+    assert T2RConfig(**SHAPE, start="routed", num_slots=6, num_sinks=4).rings == [1, 1]

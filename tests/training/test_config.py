@@ -71,6 +71,7 @@ def test_without_stages_there_is_one(tmp_path):
         (GOOD, ["data.sequence_length=1"], "at least 2"),
         (GOOD, ["loss.distill=0"], "nothing to learn"),
         (GOOD, ["loss.distill=-1"], "must not be negative"),
+        (GOOD, ["optim.eps=0"], "optim.eps must be greater than 0"),
         (GOOD, ["loss.temperature=0"], "must be positive"),
         (GOOD, ["loss.align=1"], "loss.align goes with no other loss"),
         (GOOD, ["loss.top_k=0"], "loss.top_k must be at least 1"),
