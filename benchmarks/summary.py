@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
+# Of a run rather than of the figure it came to.
+ABOUT = ("windows", "seed", "tokens", "step", "convert_minutes", "train_minutes", "peak_mib", "state_bytes")
 
 
 def judge(row: dict, target: dict) -> str:
@@ -28,11 +30,13 @@ def main() -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         wanted = targets.get(content["benchmark"], {})
         table = Table(title=f"{content['benchmark']} · {content['hardware']} · {content['date']}", title_justify="left")
-        peers = list(dict.fromkeys(name for row in content["rows"] for name in row if name not in ("name", "unit")))
+        rows, peers = content["rows"], dict.fromkeys(name for row in content["rows"] for name in row)
+        peers = [name for name in peers if all(isinstance(row.get(name, 0), int | float) for row in rows)]
+        peers = [name for name in peers if name not in ABOUT]
         for column in ("row", "unit", *peers, "required", "aim", "reached"):
             left = column in ("row", "unit", "reached")
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
-        for row in content["rows"]:
+        for row in rows:
             target = wanted.get(row["name"], {})
             numbers = [row.get(peer) for peer in peers] + [target.get("required"), target.get("aim")]
             cells = ("" if x is None else f"{x:,.0f}" if x >= 1000 else f"{x:.4g}" for x in numbers)
