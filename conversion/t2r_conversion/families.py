@@ -21,6 +21,36 @@ class TensorRow(NamedTuple):
     when: str = "always"
 
 
+_LAYER = "model.layers.{layer}."
+
+LLAMA_TENSORS = (
+    TensorRow("model.embed_tokens.weight", ("vocab", "hidden")),
+    TensorRow(_LAYER + "input_layernorm.weight", ("hidden",)),
+    TensorRow(_LAYER + "self_attn.q_proj.weight", ("query", "hidden")),
+    TensorRow(_LAYER + "self_attn.q_proj.bias", ("query",), "attention_bias"),
+    TensorRow(_LAYER + "self_attn.k_proj.weight", ("key_value", "hidden")),
+    TensorRow(_LAYER + "self_attn.k_proj.bias", ("key_value",), "attention_bias"),
+    TensorRow(_LAYER + "self_attn.v_proj.weight", ("key_value", "hidden")),
+    TensorRow(_LAYER + "self_attn.v_proj.bias", ("key_value",), "attention_bias"),
+    TensorRow(_LAYER + "self_attn.q_norm.weight", ("head",), "qk_norm"),
+    TensorRow(_LAYER + "self_attn.k_norm.weight", ("head",), "qk_norm"),
+    TensorRow(_LAYER + "self_attn.o_proj.weight", ("hidden", "query")),
+    TensorRow(_LAYER + "self_attn.o_proj.bias", ("hidden",), "attention_out_bias"),
+    TensorRow(_LAYER + "post_attention_layernorm.weight", ("hidden",)),
+    TensorRow(_LAYER + "mlp.gate_proj.weight", ("intermediate", "hidden")),
+    TensorRow(_LAYER + "mlp.gate_proj.bias", ("intermediate",), "mlp_bias"),
+    TensorRow(_LAYER + "mlp.up_proj.weight", ("intermediate", "hidden")),
+    TensorRow(_LAYER + "mlp.up_proj.bias", ("intermediate",), "mlp_bias"),
+    TensorRow(_LAYER + "mlp.down_proj.weight", ("hidden", "intermediate")),
+    TensorRow(_LAYER + "mlp.down_proj.bias", ("hidden",), "mlp_bias"),
+    TensorRow("model.norm.weight", ("hidden",)),
+    TensorRow("lm_head.weight", ("vocab", "hidden"), "untied"),
+)
+
+# Old checkpoints hold the rotary frequencies as buffers; a tied head is the embedding a second time.
+LLAMA_DROPPED = ("*.rotary_emb.inv_freq", "lm_head.weight")
+
+
 @dataclass(frozen=True)
 class Family:
     """What the converter knows about one kind of source model.
@@ -29,19 +59,19 @@ class Family:
         model_type: the source's `model_type`.
         architectures: classes whose checkpoints can be converted.
         config_fields: for each source configuration field, the `T2RConfig` fields it sets.
+        gguf_architecture: the name of the family in GGUF files.
         fixed: `T2RConfig` fields that every model of the family has in common.
         tensors: the tensors that are kept.
         dropped: patterns of names that are known and not kept; a row of `tensors` goes first.
-        gguf_architecture: the name of the family in GGUF files.
     """
 
     model_type: str
     architectures: tuple[str, ...]
     config_fields: Mapping[str, tuple[str, ...]]
-    tensors: tuple[TensorRow, ...]
-    dropped: tuple[str, ...]
     gguf_architecture: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    tensors: tuple[TensorRow, ...] = LLAMA_TENSORS
+    dropped: tuple[str, ...] = LLAMA_DROPPED
 
     def config_values(self, source_config: Any) -> dict[str, Any]:
         """The `T2RConfig` arguments that follow from the source's configuration.
@@ -139,35 +169,6 @@ COMMON_FIELDS = {
     )
 }
 
-_LAYER = "model.layers.{layer}."
-
-LLAMA_TENSORS = (
-    TensorRow("model.embed_tokens.weight", ("vocab", "hidden")),
-    TensorRow(_LAYER + "input_layernorm.weight", ("hidden",)),
-    TensorRow(_LAYER + "self_attn.q_proj.weight", ("query", "hidden")),
-    TensorRow(_LAYER + "self_attn.q_proj.bias", ("query",), "attention_bias"),
-    TensorRow(_LAYER + "self_attn.k_proj.weight", ("key_value", "hidden")),
-    TensorRow(_LAYER + "self_attn.k_proj.bias", ("key_value",), "attention_bias"),
-    TensorRow(_LAYER + "self_attn.v_proj.weight", ("key_value", "hidden")),
-    TensorRow(_LAYER + "self_attn.v_proj.bias", ("key_value",), "attention_bias"),
-    TensorRow(_LAYER + "self_attn.q_norm.weight", ("head",), "qk_norm"),
-    TensorRow(_LAYER + "self_attn.k_norm.weight", ("head",), "qk_norm"),
-    TensorRow(_LAYER + "self_attn.o_proj.weight", ("hidden", "query")),
-    TensorRow(_LAYER + "self_attn.o_proj.bias", ("hidden",), "attention_out_bias"),
-    TensorRow(_LAYER + "post_attention_layernorm.weight", ("hidden",)),
-    TensorRow(_LAYER + "mlp.gate_proj.weight", ("intermediate", "hidden")),
-    TensorRow(_LAYER + "mlp.gate_proj.bias", ("intermediate",), "mlp_bias"),
-    TensorRow(_LAYER + "mlp.up_proj.weight", ("intermediate", "hidden")),
-    TensorRow(_LAYER + "mlp.up_proj.bias", ("intermediate",), "mlp_bias"),
-    TensorRow(_LAYER + "mlp.down_proj.weight", ("hidden", "intermediate")),
-    TensorRow(_LAYER + "mlp.down_proj.bias", ("hidden",), "mlp_bias"),
-    TensorRow("model.norm.weight", ("hidden",)),
-    TensorRow("lm_head.weight", ("vocab", "hidden"), "untied"),
-)
-
-# Old checkpoints hold the rotary frequencies as buffers; a tied head is the embedding a second time.
-LLAMA_DROPPED = ("*.rotary_emb.inv_freq", "lm_head.weight")
-
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -179,8 +180,6 @@ FAMILIES = {
                 "attention_bias": ("attention_bias", "attention_out_bias"),
                 "mlp_bias": ("mlp_bias",),
             },
-            tensors=LLAMA_TENSORS,
-            dropped=LLAMA_DROPPED,
             gguf_architecture="llama",
         ),
         Family(
@@ -188,8 +187,6 @@ FAMILIES = {
             architectures=("MistralForCausalLM",),
             config_fields={**COMMON_FIELDS, "sliding_window": ("sliding_window",)},
             fixed={"attention_bias": False, "attention_out_bias": False, "mlp_bias": False},
-            tensors=LLAMA_TENSORS,
-            dropped=LLAMA_DROPPED,
             gguf_architecture="llama",
         ),
         Family(
@@ -200,8 +197,6 @@ FAMILIES = {
                 "sliding_window": ("sliding_window",),
             },
             fixed={"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
-            tensors=LLAMA_TENSORS,
-            dropped=LLAMA_DROPPED,
             gguf_architecture="qwen2",
         ),
         Family(
@@ -213,8 +208,6 @@ FAMILIES = {
                 "sliding_window": ("sliding_window",),
             },
             fixed={"qk_norm": True, "mlp_bias": False},
-            tensors=LLAMA_TENSORS,
-            dropped=LLAMA_DROPPED,
             gguf_architecture="qwen3",
         ),
     )

@@ -8,6 +8,11 @@ import typer
 from t2r.cli.console import out, print_json, progress_bar
 from t2r.cli.options import Device, Dtype, Json, Model
 
+Text = Annotated[Path, typer.Option("--text", metavar="FILE", help="A UTF-8 text to predict.")]
+Window = Annotated[int, typer.Option("--window", help="Tokens in each of the non-overlapping windows.")]
+Limit = Annotated[int, typer.Option("--limit", help="Windows to evaluate at most; 0 for all.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Windows at a time.")]
+
 evaluation = typer.Typer(no_args_is_help=True, help="Measure a model.")
 
 
@@ -19,11 +24,11 @@ def _group() -> None:
 @evaluation.command()
 def ppl(
     model: Model,
-    text: Annotated[Path, typer.Option(metavar="FILE", help="A UTF-8 text to predict.")],
+    text: Text,
     teacher: Annotated[str | None, typer.Option(metavar="SRC", help="A model to compare with.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens in each of the non-overlapping windows.")] = 1024,
-    limit: Annotated[int, typer.Option(help="Windows to evaluate at most; 0 for all.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    window: Window = 1024,
+    limit: Limit = 32,
+    batch_size: BatchSize = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
@@ -61,11 +66,11 @@ def ppl(
 @evaluation.command()
 def layers(
     model: Model,
-    text: Annotated[Path, typer.Option(metavar="FILE", help="A UTF-8 text to predict.")],
+    text: Text,
     keep: Annotated[int, typer.Option(help="Layers to choose.")] = 4,
-    window: Annotated[int, typer.Option(help="Tokens in each of the non-overlapping windows.")] = 1024,
-    limit: Annotated[int, typer.Option(help="Windows to evaluate at most; 0 for all.")] = 8,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    window: Window = 1024,
+    limit: Limit = 8,
+    batch_size: BatchSize = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,

@@ -1,16 +1,6 @@
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from t2r.model import T2RForCausalLM
 from t2r.model.configuration_t2r import T2RConfig
@@ -18,13 +8,6 @@ from t2r_conversion import FAMILIES, read_source
 from tests.conversion.tiny import plan_conversion
 
 from . import tiny
-
-MODELS = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +25,7 @@ MODELS = {
     ],
 )
 def test_table_is_the_models_own(family, changes):
-    config_class, model_class = MODELS[family]
+    config_class, model_class = tiny.MODELS[family]
     config = config_class(**tiny.SHAPE | changes)
     with torch.device("meta"):
         state = model_class(config).state_dict()

@@ -34,26 +34,22 @@ convert = partial(t2r_conversion.convert, start="window")
 plan_conversion = partial(t2r_conversion.plan_conversion, start="window")
 
 
-def llama(folder: Path, *, dtype=torch.float32, shard_size="5GB", **changes) -> Path:
-    """A random Llama in `folder`."""
-    return _save(LlamaForCausalLM, LlamaConfig(**SHAPE | changes), folder, dtype, shard_size)
+MODELS = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
 
 
-def mistral(folder: Path, *, dtype=torch.float32, shard_size="5GB", **changes) -> Path:
-    """A random Mistral in `folder`."""
-    return _save(MistralForCausalLM, MistralConfig(**SHAPE | changes), folder, dtype, shard_size)
+def random_model(family: str, folder: Path, *, dtype=torch.float32, shard_size="5GB", **changes) -> Path:
+    """A random model of a family, in `folder`."""
+    config_class, model_class = MODELS[family]
+    return _save(model_class, config_class(**SHAPE | changes), folder, dtype, shard_size)
 
 
-def qwen2(folder: Path, *, dtype=torch.float32, shard_size="5GB", **changes) -> Path:
-    """A random Qwen2 in `folder`."""
-    return _save(Qwen2ForCausalLM, Qwen2Config(**SHAPE | changes), folder, dtype, shard_size)
-
-
-def qwen3(folder: Path, *, dtype=torch.float32, shard_size="5GB", **changes) -> Path:
-    """A random Qwen3 in `folder`, with heads that together are wider than the hidden states."""
-    return _save(Qwen3ForCausalLM, Qwen3Config(**SHAPE | {"head_dim": 16} | changes), folder, dtype, shard_size)
-
-
+llama, mistral, qwen2 = (partial(random_model, family) for family in ("llama", "mistral", "qwen2"))
+qwen3 = partial(random_model, "qwen3", head_dim=16)  # heads that together are wider than the hidden states
 FAMILIES = [llama, mistral, qwen2, qwen3]
 
 
