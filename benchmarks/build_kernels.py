@@ -42,7 +42,7 @@ def build(entry: dict, architecture: str, kernel: str, banded: bool = False) -> 
     constants = {
         "GROUP": 4, "ROWS": 16, "M": M, "DK": D, "DV": D, "C": config.chunk, "BM": block(M, least=64 if half else 32),
         "BD": config.block_d, "BK": block(D), "BV": block(D), "GATE": FUSED.value, "PACKED": True, "HIDE": True,
-        "KEEP": True, "REVERSE": True, "HAS_FIRST": True, "HAS_LAST": True, "BANDED": banded,
+        "KEEP": True, "REVERSE": True, "HAS_FIRST": True, "HAS_LAST": True, "LSE": True, "BANDED": banded,
         "OP": tl.bfloat16 if half else tl.float32, "PRECISION": "tf32" if half else "tf32x3",
     }  # fmt: skip
     options = dict(getattr(config, kernel))
@@ -68,7 +68,7 @@ def every_build(table: dict) -> Iterator[tuple[str, dict, str, bool]]:
 
 def _type(name: str, half: bool):
     low = "*bf16" if half else "*fp32"
-    views = {"slot": "*i32", "rows": "*fp32", "columns": "*fp32", "sums": "*fp32", "through": "*fp32"}
+    views = {"slot": "*i32"} | dict.fromkeys(("lse", "d_lse", "rows", "columns", "sums", "through"), "*fp32")
     views |= dict.fromkeys(("q", "k", "v", "g", "s", "o", "do", "dq", "dk", "dv", "dg", "ds"), low)
     views |= dict.fromkeys(("weights", "d_logits", "written"), low)
     if name in views:

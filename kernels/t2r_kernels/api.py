@@ -42,8 +42,9 @@ def gsa(
     cu_seqlens: Tensor | None = None,
     hide_unwritten: bool = False,
     position_offset: int | Tensor | None = None,
+    output_lse: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, SlotState | None]:
+) -> tuple[Tensor, SlotState | None] | tuple[Tensor, SlotState | None, Tensor]:
     """Gated Slot Attention over whole sequences (arXiv 2409.07146, equations 9 to 11).
 
     With `α = exp(g)`, per key/value head: slot keys `K ← diag(α) K + s kᵀ`, slot values `V ← diag(α) V + s vᵀ`,
@@ -64,13 +65,17 @@ def gsa(
         hide_unwritten: slot i takes no part in the softmax before position i of its own sequence.
         position_offset: position of each sequence's first token, an integer or `[N]`; negative for left padding.
             Only `hide_unwritten` reads it. 0 when not given.
+        output_lse: whether to return the log-sum-exp of each softmax over slots too, with which its output can be
+            joined with that of another softmax into one over both.
         backend: "naive", "torch", "triton", or "auto" for the fastest that runs here: triton on CUDA where it takes
             these dtypes and sizes, torch elsewhere.
 
     Returns:
         Outputs `[B, T, HQ, Dv]` in `q`'s dtype, and the final `SlotState` (or None). Under autocast the triton backend
         reads q, k and v in autocast's dtype, and its outputs have it, as with PyTorch's softmax attention; gates and
-        state are fp32 all the same.
+        state are fp32 all the same. With `output_lse` also `log Σ exp(scale · K q)` over the slots that take part,
+        `[B, T, HQ]` in the state's dtype; where none does (`hide_unwritten` before position 0), it is -inf and has no
+        gradient, and the output is slot 0's.
 
     Raises:
         ValueError: a shape, a bound or the backend's name is wrong, or the backend does not take these tensors.
@@ -85,14 +90,15 @@ def gsa(
     if backend == "triton" and q.shape[1]:
         if torch.is_autocast_enabled(q.device.type):
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-        o, keys, values = ops.whole(
+        o, keys, values, lse = ops.whole(
             q, k, v, g, s, None if gate is None else gate.slot, *(state or (None, None)), cu_seqlens, offsets, scale,
-            *_gate_scalars(gate), output_final_state,
+            *_gate_scalars(gate), output_final_state, output_lse,
         )  # fmt: skip
-        return o, SlotState(keys, values) if output_final_state else None
+        final = SlotState(keys, values) if output_final_state else None
+        return (o, final, lse) if output_lse else (o, final)
     with torch.autocast(q.device.type, enabled=False):  # the recurrence is fp32 even where the layers are not
         g = (g if gate is None else log_gate(g, gate)).to(dtype)
-        o, final = REFERENCE.get(backend, chunk_gsa)(
+        o, final, lse = REFERENCE.get(backend, chunk_gsa)(
             *(x.to(dtype) for x in (q, k, v)),
             g,
             -torch.expm1(g) if s is None else s.to(dtype),
@@ -101,8 +107,10 @@ def gsa(
             cu_seqlens,
             hide_unwritten,
             _offsets(position_offset, n, q.device),
+            output_lse,
         )
-    return o.to(q.dtype), final if output_final_state else None
+    o, final = o.to(q.dtype), final if output_final_state else None
+    return (o, final, lse) if output_lse else (o, final)
 
 
 @torch.no_grad()
@@ -118,8 +126,9 @@ def gsa_step(
     scale: float | None = None,
     hide_unwritten: bool = False,
     position_offset: int | Tensor | None = None,
+    output_lse: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, SlotState]:
+) -> tuple[Tensor, SlotState] | tuple[Tensor, SlotState, Tensor]:
     """One token of `gsa` for each of B sequences, for decoding: the state is updated in place, without gradients.
 
     Args:
@@ -133,10 +142,11 @@ def gsa_step(
         scale: factor on the logits; `D ** -0.5` when not given.
         hide_unwritten: slot i takes no part in the softmax before position i.
         position_offset: position of this token, an integer or `[B]`.
+        output_lse: as for `gsa`.
         backend: "torch", "triton" (one launch) or "auto", as for `gsa`.
 
     Returns:
-        Output `[B, 1, HQ, Dv]` in `q`'s dtype, and the same state.
+        Output `[B, 1, HQ, Dv]` in `q`'s dtype, and the same state; with `output_lse` also `[B, 1, HQ]`, as for `gsa`.
 
     Raises:
         ValueError: a shape, the state's dtype or the backend is wrong, or `hide_unwritten` comes without the position.
@@ -157,11 +167,12 @@ def gsa_step(
         refusal = refusal or "a state that is not contiguous"
     backend = resolve_backend(backend, q.device.type, refusal)
     positions = _offsets(position_offset, B, q.device) if hide_unwritten else None
+    lse = q.new_empty(B, 1, q.shape[2], dtype=dtype) if output_lse else None
     if backend == "triton":
         o = ops.token(
-            q, k, v, g, s, None if gate is None else gate.slot, positions, *state, scale, *_gate_scalars(gate)
+            q, k, v, g, s, None if gate is None else gate.slot, positions, *state, lse, scale, *_gate_scalars(gate)
         )
-        return o, state
+        return (o, state, lse) if output_lse else (o, state)
     with torch.autocast(q.device.type, enabled=False):
         g = (g if gate is None else log_gate(g, gate)).to(dtype)
         o = step(
@@ -171,8 +182,10 @@ def gsa_step(
             scale,
             state,
             positions,
+            lse[:, 0] if output_lse else None,
         )
-    return o.to(q.dtype).unsqueeze(1), state
+    o = o.to(q.dtype).unsqueeze(1)
+    return (o, state, lse) if output_lse else (o, state)
 
 
 def resolve_backend(backend: str, device_type: str, refusal: str | None = None) -> str:

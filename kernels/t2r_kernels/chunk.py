@@ -47,23 +47,24 @@ def chunk_gsa(
     cu_seqlens: Tensor | None,
     hide_unwritten: bool,
     position_offset: Tensor,  # [N]
-) -> tuple[Tensor, SlotState]:
+    output_lse: bool = False,
+) -> tuple[Tensor, SlotState, Tensor | None]:
     """Chunk-parallel `gsa`; arguments as `naive_gsa`, same results."""
     (R, T, H, M), HQ = g.shape, q.shape[2]
     if T == 0:
-        return v.new_zeros(R, 0, HQ, v.shape[-1]), state
+        return v.new_zeros(R, 0, HQ, v.shape[-1]), state, q.new_zeros(R, 0, HQ) if output_lse else None
     layout = _dense_layout(T, position_offset) if cu_seqlens is None else _packed_layout(cu_seqlens, position_offset)
     q, k, v, g, s = (_to_chunks(x, layout) for x in (q, k, v, g, s))  # [R, H(Q), n, C, .]
     q = q.unflatten(1, (H, HQ // H)).permute(0, 1, 3, 4, 2, 5)  # [R, H, n, C, HQ/H, D]
-    position = layout.position.clamp_min(0) if hide_unwritten else None
+    position = layout.position if hide_unwritten else None
 
     per_chunk = R * H * CHUNK * CHUNK * M * g.element_size()
     step = max(1, GROUP_BYTES // per_chunk)
     finals: dict[int, SlotState] = {}
-    outputs, carry = [], state
+    outputs, sums, carry = [], [], state
     for first in range(0, layout.num_chunks, step):
         chunks = slice(first, first + step)
-        o, afters, carry = checkpoint(
+        o, lse, afters, carry = checkpoint(
             _group,
             *(x[:, :, chunks] for x in (q, k, v, g, s)),
             scale,
@@ -71,19 +72,22 @@ def chunk_gsa(
             _shift(layout.enters, chunks),
             state,
             carry,
+            output_lse,
             use_reentrant=False,
             preserve_rng_state=False,
         )
         outputs.append(o)
+        sums.append(lse)
         for c, sequences in layout.leaves.items():
             if first <= c < first + step:
                 finals[sequences.start or 0] = SlotState(*(x[c - first] for x in afters))
-    o = torch.cat(outputs, 2).permute(0, 2, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)  # [R, n * C, HQ, Dv]
-    return _to_tokens(o, T, layout), _final_state(state, finals, packed=cu_seqlens is not None)
+    o = _to_tokens(torch.cat(outputs, 2), T, layout)
+    final = _final_state(state, finals, packed=cu_seqlens is not None)
+    return o, final, _to_tokens(torch.cat(sums, 2), T, layout) if output_lse else None
 
 
-def _group(q, k, v, g, s, scale, position, enters, state, carry):
-    """One group of chunks. Returns outputs, the states after each chunk (two lists), and the last of these."""
+def _group(q, k, v, g, s, scale, position, enters, state, carry, output_lse):
+    """One group of chunks. Returns outputs, their lse, the states after each chunk (two lists), and the last state."""
     n, C, M = g.shape[2:]
     G = g.cumsum(-2)  # [R, H, n, C, M]
     total = G[..., -1:, :]  # [R, H, n, 1, M]
@@ -114,11 +118,14 @@ def _group(q, k, v, g, s, scale, position, enters, state, carry):
     scores = (rows @ k.mT).unflatten(3, (C, -1))  # [R, H, n, C, HQ/H, C]
     logits = (rows @ keys.mT).unflatten(3, (C, -1)) * carried + scores @ weight  # [R, H, n, C, HQ/H, M]
     if position is not None:
-        hidden = torch.arange(M, device=g.device) > position[..., None]  # [R, n, C, M]
+        hidden = torch.arange(M, device=g.device) > position.clamp_min(0)[..., None]  # [R, n, C, M]
         logits = logits.masked_fill(hidden[:, None, :, :, None], float("-inf"))
     p = logits.softmax(-1)
     o = (p * carried).flatten(3, 4) @ values + (p @ weight.mT).flatten(3, 4) @ v  # [R, H, n, C * HQ/H, Dv]
-    return o.unflatten(3, (C, -1)), afters, SlotState(afters[0][-1], afters[1][-1])
+    lse = logits.logsumexp(-1) if output_lse else None  # [R, H, n, C, HQ/H]
+    if output_lse and position is not None:
+        lse = lse.masked_fill((position < 0)[:, None, ..., None], float("-inf"))
+    return o.unflatten(3, (C, -1)), lse, afters, SlotState(afters[0][-1], afters[1][-1])
 
 
 def _dense_layout(T: int, position_offset: Tensor) -> _Layout:
@@ -157,6 +164,8 @@ def _to_chunks(x: Tensor, layout: _Layout) -> Tensor:
 
 
 def _to_tokens(o: Tensor, T: int, layout: _Layout) -> Tensor:
+    """`[R, H, n, C, HQ/H, ...]` to `[R, T, HQ, ...]`."""
+    o = o.movedim(1, 3).flatten(3, 4).flatten(1, 2)  # [R, n * C, HQ, ...]
     if layout.source is None:
         return o[:, :T]
     return o.index_select(1, (layout.source >= 0).nonzero()[:, 0])

@@ -15,6 +15,7 @@ def step(
     scale: float,
     state: SlotState,
     position: Tensor | None,  # [B], None when no slot is hidden
+    lse: Tensor | None = None,  # [B, HQ], to be filled
 ) -> Tensor:
     """Output `[B, HQ, Dv]` of one step of the recurrence; all tensors share the state's dtype."""
     keys, values = state
@@ -25,4 +26,8 @@ def step(
     if position is not None:
         hidden = torch.arange(g.shape[-1], device=g.device) > position[:, None].clamp_min(0)  # [B, M]
         logits = logits.masked_fill(hidden[:, None, None], float("-inf"))
+    if lse is not None:
+        lse.copy_(logits.logsumexp(-1).flatten(1))
+        if position is not None:
+            lse.masked_fill_((position < 0)[:, None], float("-inf"))
     return (logits.softmax(-1) @ values).flatten(1, 2)

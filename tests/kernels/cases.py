@@ -27,10 +27,10 @@ def case(T=33, B=2, HQ=6, H=2, D=8, Dv=8, M=12, dtype=torch.float64, gates="ends
 
 
 def run(gsa, tensors, *, s=None, **options):
-    """Output, final state and the gradients of every input under a fixed random cotangent, by name."""
+    """Output, final state (and lse) and the gradients of every input under a fixed random cotangent, by name."""
     q, k, v, g, keys, values = tensors
-    o, state = gsa(q, k, v, g, s=s, initial_state=SlotState(keys, values), output_final_state=True, **options)
-    results = {"o": o, "keys": state.keys, "values": state.values}
+    o, state, *lse = gsa(q, k, v, g, s=s, initial_state=SlotState(keys, values), output_final_state=True, **options)
+    results = {"o": o, "keys": state.keys, "values": state.values} | ({"lse": lse[0]} if lse else {})
     generator = torch.Generator().manual_seed(1)
     cotangents = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in results.values())
     loss = sum((x * cotangent).sum() for x, cotangent in zip(results.values(), cotangents, strict=True))

@@ -1,11 +1,12 @@
 import logging
+from itertools import pairwise
 
 import pytest
 import torch
 
 import t2r_kernels.api
 import t2r_kernels.chunk
-from t2r_kernels import SlotState, gsa, gsa_step
+from t2r_kernels import SlotState, gsa, gsa_step, zero_state
 from tests.kernels.cases import GATES, assert_close, case, run
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -117,20 +118,23 @@ def test_step_by_step_is_whole(hide_unwritten, dtype):
         q, k, v, g, keys, values = case(30, dtype=dtype)
         offset = torch.tensor([0, 4])
         state = SlotState(keys.clone(), values.clone())
-        o, final = gsa(
+        o, final, lse = gsa(
             q, k, v, g,
-            initial_state=(keys, values), output_final_state=True,
+            initial_state=(keys, values), output_final_state=True, output_lse=True,
             hide_unwritten=hide_unwritten, position_offset=offset, backend="torch",
         )  # fmt: skip
         steps = []
         for t in range(30):
             now = (x[:, t : t + 1] for x in (q, k, v, g))
-            out, returned = gsa_step(*now, state, hide_unwritten=hide_unwritten, position_offset=offset + t)
+            out, returned, total = gsa_step(
+                *now, state, hide_unwritten=hide_unwritten, position_offset=offset + t, output_lse=True
+            )
             assert returned.keys is state.keys
             assert returned.values is state.values
-            steps.append(out)
-    actual = {"o": torch.cat(steps, 1), "keys": state.keys, "values": state.values}
-    assert_close(actual, {"o": o, "keys": final.keys, "values": final.values}, TOLERANCE[dtype])
+            steps.append((out, total))
+    outs, totals = (torch.cat(x, 1) for x in zip(*steps, strict=True))
+    actual = {"o": outs, "lse": totals, "keys": state.keys, "values": state.values}
+    assert_close(actual, {"o": o, "lse": lse, "keys": final.keys, "values": final.values}, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch"])
@@ -159,12 +163,79 @@ def test_gradient_is_the_derivative(backend):
     tensors = case(18, B=1, HQ=2, H=1, D=2, Dv=2, M=3, gates="mild")
 
     def f(q, k, v, g, keys, values):
-        o, state = gsa(
-            q, k, v, g, initial_state=(keys, values), output_final_state=True, hide_unwritten=True, backend=backend
-        )
-        return o, *state
+        o, state, lse = gsa(
+            q, k, v, g, initial_state=(keys, values), output_final_state=True, hide_unwritten=True, backend=backend,
+            output_lse=True,
+        )  # fmt: skip
+        return o, *state, lse
 
     assert torch.autograd.gradcheck(f, tensors)
+
+
+@pytest.mark.parametrize("hide_unwritten", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T", [1, 16, 50])
+def test_log_sum_exp(T, dtype, hide_unwritten):
+    tensors, options = case(T, dtype=dtype), {"hide_unwritten": hide_unwritten, "output_lse": True}
+    expected = run(gsa, tensors, backend="naive", **options)
+    assert_close(run(gsa, tensors, backend="torch", **options), expected, TOLERANCE[dtype])
+    assert expected["lse"].dtype == dtype
+    last = expected["keys"].repeat_interleave(3, 1) @ tensors[0][:, -1, :, :, None] * 8**-0.5  # [B, HQ, M, 1]
+    seen = slice(T if hide_unwritten else None)
+    assert_close({"": expected["lse"][:, -1]}, {"": last[:, :, seen, 0].logsumexp(-1)}, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_log_sum_exp_of_packed_sequences(backend):
+    lengths, offsets = [5, 0, 17, 11], torch.tensor([0, 2, 4, 6])
+    tensors, options = case(33, B=1, n=4), {"hide_unwritten": True, "output_lse": True, "backend": backend}
+    q, k, v, g, keys, values = tensors
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    _, _, packed = gsa(q, k, v, g, initial_state=(keys, values), cu_seqlens=bounds, position_offset=offsets, **options)
+    alone = [
+        gsa(*(x[:, start:end] for x in (q, k, v, g)), initial_state=(keys[n : n + 1], values[n : n + 1]),
+            position_offset=int(offsets[n]), **options)[2]
+        for n, (start, end) in enumerate(pairwise(bounds.tolist()))
+    ]  # fmt: skip
+    assert_close({"lse": packed}, {"lse": torch.cat(alone, 1)}, 1e-9)
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_two_halves_of_the_slots_joined_are_all_slots(backend):
+    tensors = case(40, M=12)
+
+    def joined(q, k, v, g, *, initial_state, s=None, output_final_state):
+        halves = [
+            gsa(q, k, v, g[..., half], initial_state=[x[:, :, half] for x in initial_state], output_lse=True,
+                output_final_state=output_final_state, backend=backend)
+            for half in (slice(5), slice(5, None))
+        ]  # fmt: skip
+        (o1, state1, lse1), (o2, state2, lse2) = halves
+        share = (lse1 - torch.logaddexp(lse1, lse2)).exp()[..., None]
+        state = SlotState(*(torch.cat(x, 2) for x in zip(state1, state2, strict=True)))
+        return share * o1 + (1 - share) * o2, state
+
+    assert_close(run(joined, tensors), run(gsa, tensors, backend="naive"), 1e-9)
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_log_sum_exp_of_nothing(backend):
+    q, k, v, g, *_ = case(20)
+    options = {"hide_unwritten": True, "position_offset": torch.tensor([-7, 0]), "backend": backend}
+    o, _, lse = gsa(q, k, v, g, output_lse=True, **options)
+    assert torch.equal(o, gsa(q, k, v, g, **options)[0])
+    assert (lse[0, :7] == -torch.inf).all()
+    assert lse[0, 7:].isfinite().all()
+    assert lse[1].isfinite().all()
+    (gradient,) = torch.autograd.grad(lse, q, torch.ones_like(lse))
+    assert (gradient[0, :7] == 0).all()
+    assert (gradient[0, 7:].abs().sum((-1, -2)) > 0).all()
+    unseen = gsa_step(
+        *(x.detach()[:, :1] for x in (q, k, v, g)), zero_state(2, k, v, 12, k.dtype), output_lse=True,
+        hide_unwritten=True, position_offset=options["position_offset"],
+    )[2]  # fmt: skip
+    assert_close({"": unseen[1]}, {"": lse[1, :1]}, 1e-9)
+    assert (unseen[0] == -torch.inf).all()
 
 
 def test_low_precision_inputs_keep_an_fp32_state():

@@ -67,6 +67,33 @@ def test_packed(lengths, chunk):
     check(tensors, cu_seqlens=bounds, hide_unwritten=True, position_offset=torch.arange(len(lengths)) * 3)
 
 
+@pytest.mark.parametrize("gates", ["mild", "ends"])
+@pytest.mark.parametrize("hide_unwritten", [False, True])
+def test_log_sum_exp(hide_unwritten, gates, chunk):
+    """With a gradient of its own, in chunks of one band ("mild") and of several."""
+    tensors = case(40, HQ=3, H=1, gates=gates, dtype=torch.float32)
+    check(tensors, output_lse=True, hide_unwritten=hide_unwritten, position_offset=torch.tensor([0, 5]))
+
+
+def test_log_sum_exp_of_packed_sequences(chunk):
+    tensors = case(41, B=1, HQ=4, H=2, n=4, gates="mild", dtype=torch.float32)
+    bounds = torch.tensor([0, 5, 5, 24, 41], dtype=torch.int32)
+    check(tensors, output_lse=True, cu_seqlens=bounds, hide_unwritten=True, position_offset=torch.arange(4) * 3)
+
+
+def test_log_sum_exp_of_nothing(chunk):
+    q, k, v, g, *_ = (x.detach().requires_grad_() for x in case(20, B=1, HQ=2, H=1, dtype=torch.float32))
+    options = {"hide_unwritten": True, "position_offset": -7, "backend": "triton"}
+    o, _, lse = gsa(q, k, v, g, output_lse=True, **options)
+    assert torch.equal(o, gsa(q, k, v, g, **options)[0])
+    assert (lse[:, :7] == -torch.inf).all()
+    assert lse[:, 7:].isfinite().all()
+    gradients = torch.autograd.grad(lse, (q, k, v, g), torch.ones_like(lse))
+    assert all(x.isfinite().all() for x in gradients)
+    assert (gradients[0][:, :7] == 0).all()
+    assert (gradients[0][:, 7:].abs().sum((-1, -2)) > 0).all()
+
+
 def fused(T=40, normalizer=1.0, dtype=torch.float32):
     """Tensors whose fourth holds gate logits, and a window schedule of 12 slots that starts with padding."""
     tensors = case(T, B=1, HQ=2, H=1, dtype=dtype)
@@ -152,7 +179,8 @@ def test_strided_inputs(chunk):
 
 def test_every_element_is_written(monkeypatch):
     """Buffers full of NaN: what a kernel leaves out shows."""
-    expected = run(gsa, case(37, dtype=torch.float32), backend="triton", hide_unwritten=True)
+    options = {"backend": "triton", "hide_unwritten": True, "output_lse": True}
+    expected = run(gsa, case(37, dtype=torch.float32), **options)
 
     def poisoned(*size, **options):
         x = torch.zeros(*size, **options)
@@ -160,7 +188,9 @@ def test_every_element_is_written(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(torch, "empty_like", lambda x, **_: poisoned(x.shape, dtype=x.dtype))
-    actual = run(gsa, case(37, dtype=torch.float32), backend="triton", hide_unwritten=True)
+    new = lambda x, *size, **options: poisoned(*size, **{"dtype": x.dtype} | options)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "new_empty", new)
+    actual = run(gsa, case(37, dtype=torch.float32), **options)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
@@ -176,9 +206,9 @@ def test_steps_are_the_whole(start, D, M):
             slot = (torch.arange(T) % M).to(torch.int32)[None, :, None].expand(2, T, 2)
             options["gate"] = Gate(slot, 7.0, 12.0)
         offset = torch.tensor([0, 4])
-        expected, final = gsa(
+        expected, final, lse = gsa(
             q, k, v, g, initial_state=(keys, values), output_final_state=True, hide_unwritten=True,
-            position_offset=offset, backend="torch", **options,
+            position_offset=offset, backend="torch", output_lse=True, **options,
         )  # fmt: skip
         state, steps = SlotState(keys.clone(), values.clone()), []
         for t in range(T):
@@ -186,14 +216,20 @@ def test_steps_are_the_whole(start, D, M):
             here = {"s": options["s"][:, now]} if "s" in options else {}
             if "gate" in options:
                 here["gate"] = options["gate"]._replace(slot=slot[:, now])
-            out, returned = gsa_step(
+            out, returned, total = gsa_step(
                 q[:, now], k[:, now], v[:, now], g[:, now], state, hide_unwritten=True, position_offset=offset + t,
-                backend="triton", **here,
+                backend="triton", output_lse=True, **here,
             )  # fmt: skip
             assert returned.keys is state.keys
-            steps.append(out)
-    actual = {"o": torch.cat(steps, 1), "keys": state.keys, "values": state.values}
-    assert_near(actual, {"o": expected, "keys": final.keys, "values": final.values}, TOLERANCE)
+            steps.append((out, total))
+        unseen = gsa_step(
+            *(x[:, :1] for x in (q, k, v, g)), SlotState(keys, values), hide_unwritten=True, position_offset=-1,
+            backend="triton", output_lse=True,
+        )[2]  # fmt: skip
+    outs, totals = (torch.cat(x, 1) for x in zip(*steps, strict=True))
+    actual = {"o": outs, "lse": totals, "keys": state.keys, "values": state.values}
+    assert_near(actual, {"o": expected, "lse": lse, "keys": final.keys, "values": final.values}, TOLERANCE)
+    assert (unseen == -torch.inf).all()
 
 
 def test_operators_are_well_defined():
@@ -204,11 +240,13 @@ def test_operators_are_well_defined():
     slot = torch.zeros(2, 3, 1, dtype=torch.int32)
     offsets = torch.zeros(2, dtype=torch.long)
     for s, at in ((None, None), (torch.rand(g.shape), None), (None, slot)):
-        arguments = (q, k, v, g, s, at, keys, values, None, offsets, 1.0, 1.0, 2.0, 1.0, True)
-        torch.library.opcheck(ops.gsa_op, arguments)
+        for output_lse in (False, True):
+            arguments = (q, k, v, g, s, at, keys, values, None, offsets, 1.0, 1.0, 2.0, 1.0, True, output_lse)
+            torch.library.opcheck(ops.gsa_op, arguments)
     token = [x[:, :1].detach() for x in (q, k, v, g)]
     state = [x.detach() for x in (keys, values)]
-    torch.library.opcheck(ops.gsa_step_op, (*token, None, None, None, *state, 1.0, 0.0, 0.0, 1.0))
+    for lse in (None, torch.empty(2, 1, 2)):
+        torch.library.opcheck(ops.gsa_step_op, (*token, None, None, None, *state, lse, 1.0, 0.0, 0.0, 1.0))
 
 
 def test_autocast_decides_what_the_tensor_cores_see():
@@ -228,20 +266,24 @@ def test_compiles_without_graph_breaks():
 
     def layer(q, k, v, logits, **rest):
         with torch.autocast("cpu", torch.float16, enabled=False):
-            o, state = gsa(q.sin(), k, v, logits * 2, **options, **rest)
-        return o.cos(), state
+            o, state, *lse = gsa(q.sin(), k, v, logits * 2, **options, **rest)
+        return o.cos(), state, *lse
 
-    expected = run(layer, tensors)
-    assert_near(run(torch.compile(layer, fullgraph=True, backend="aot_eager"), tensors), expected, TOLERANCE)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for more in ({}, {"output_lse": True}):
+        assert_near(run(compiled, tensors, **more), run(layer, tensors, **more), TOLERANCE)
 
     def token(q, k, v, logits, keys, values):
         now = gate._replace(slot=gate.slot[:, :1])
-        return gsa_step(q.sin(), k, v, logits, (keys, values), gate=now, backend="triton")[0].cos()
+        options = {"gate": now, "backend": "triton"}
+        o, _, lse = gsa_step(q.sin(), k, v, logits, (keys, values), output_lse=True, **options)
+        return o.cos() + gsa_step(q, k, v, logits, (keys, values), **options)[0], lse
 
     first = [x.detach()[:, :1] for x in tensors[:4]]
     states = [[x.detach().clone() for x in tensors[4:]] for _ in range(2)]
-    compiled = torch.compile(token, fullgraph=True, backend="aot_eager")(*first, *states[0])
-    assert_near({"o": compiled}, {"o": token(*first, *states[1])}, TOLERANCE)
+    actual = torch.compile(token, fullgraph=True, backend="aot_eager")(*first, *states[0])
+    expected = token(*first, *states[1])
+    assert_near(dict(enumerate(actual)), dict(enumerate(expected)), TOLERANCE)
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 

@@ -24,7 +24,7 @@ def check(tensors, **options):
     expected = run(gsa, double(tensors), backend="naive", s=None if s is None else double([s])[0], **options)
     actual = run(gsa, tensors, backend="triton", s=s, **options)
     outputs, gradients = BOUNDS[tensors[0].dtype]
-    forward = {"o", "keys", "values"}
+    forward = {"o", "keys", "values", "lse"} & expected.keys()
     terms = 0.1 if tensors[0].dtype == torch.float32 else 1.0
     assert_near({n: actual[n] for n in forward}, {n: expected[n] for n in forward}, outputs)
     assert_near(
@@ -76,6 +76,28 @@ def test_free_write_strengths(dtype):
     tensors = on_gpu(case(100, HQ=4, H=2, D=64, Dv=64, M=64, gates="mild"), dtype)
     s = torch.rand(tensors[3].shape, generator=torch.Generator().manual_seed(2)).cuda().requires_grad_()
     check(tensors, s=s, scale=0.3)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("gates", ["mild", "ends"])
+@pytest.mark.parametrize("D", [64, 128])
+def test_log_sum_exp(D, gates, dtype):
+    tensors = on_gpu(case(150, HQ=8, H=2, D=D, Dv=D, M=64, gates=gates), dtype)
+    check(tensors, hide_unwritten=True, position_offset=3, output_lse=True)
+    plain = run(gsa, tensors, backend="triton", hide_unwritten=True)
+    with_lse = run(gsa, tensors, backend="triton", hide_unwritten=True, output_lse=True)
+    assert all(torch.equal(with_lse[name], plain[name]) for name in ("o", "keys", "values"))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_log_sum_exp_of_packed_sequences(dtype):
+    bounds = torch.tensor([0, 5, 5, 135, 200], device="cuda")
+    tensors = on_gpu(case(200, B=1, HQ=4, H=1, D=64, Dv=64, M=32, n=4, gates="mild"), dtype)
+    offsets = torch.arange(4, device="cuda")
+    check(tensors, cu_seqlens=bounds, hide_unwritten=True, position_offset=offsets, output_lse=True)
+    q, k, v, g, *_ = tensors
+    _, _, lse = gsa(q, k, v, g, cu_seqlens=bounds, hide_unwritten=True, position_offset=offsets - 2, output_lse=True)
+    assert lse.isinf().any(-1)[0].nonzero().flatten().tolist() == [0, 1]  # the first document begins 2 places early
 
 
 def window(T, H, M, sinks=4):
@@ -134,16 +156,17 @@ def test_steps_are_the_whole(dtype):
     q, k, v, _, keys, values = (x.detach() for x in on_gpu(case(T, B=1, HQ=8, H=2, D=128, Dv=128, M=32), dtype))
     logits = torch.randn(1, T, 2, 32, device="cuda", dtype=dtype)
     options = {"hide_unwritten": True}
-    o, final = gsa(*double([q, k, v]), log_gate(logits.double(), gate), initial_state=double([keys, values]),
-                   output_final_state=True, backend="naive", **options)  # fmt: skip
+    o, final, lse = gsa(*double([q, k, v]), log_gate(logits.double(), gate), initial_state=double([keys, values]),
+                        output_final_state=True, output_lse=True, backend="naive", **options)  # fmt: skip
     state, steps = SlotState(keys.clone(), values.clone()), []
     for t in range(T):
         at = slice(t, t + 1)
         here = gate._replace(slot=gate.slot[:, at])
-        steps.append(
-            gsa_step(q[:, at], k[:, at], v[:, at], logits[:, at], state, gate=here, position_offset=t, **options)[0]
-        )
-    assert_near({"o": torch.cat(steps, 1)}, {"o": o}, BOUNDS[dtype][0])
+        now = [x[:, at] for x in (q, k, v, logits)]
+        out, _, total = gsa_step(*now, state, gate=here, position_offset=t, output_lse=True, **options)
+        steps.append((out, total))
+    outs, totals = (torch.cat(x, 1) for x in zip(*steps, strict=True))
+    assert_near({"o": outs, "lse": totals}, {"o": o, "lse": lse}, BOUNDS[dtype][0])
     assert_near(state._asdict(), final._asdict(), 1e-5)  # the state is fp32 whatever comes in
 
 

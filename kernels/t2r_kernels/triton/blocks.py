@@ -98,6 +98,15 @@ def head_rows(x, at, h, first, d0, GROUP: tl.constexpr, WIDTH: tl.constexpr, C: 
 
 
 @triton.jit
+def head_numbers(x, at, h, first, GROUP: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr):
+    """Pointers `[HEADS * C]` to one number for each row of `head_rows`, x being `[B, T, heads]`."""
+    r = tl.arange(0, HEADS * C)
+    i, a = r % C, first + r // C
+    base = x.data + at.b.to(tl.int64) * x.b + at.start.to(tl.int64) * x.t + (h * GROUP).to(tl.int64) * x.h
+    return base + i * x.t + a * x.h, (i < at.length) & (a < GROUP)
+
+
+@triton.jit
 def stack(x, HEADS: tl.constexpr):
     """`[C, X]` HEADS times, one below the other."""
     if HEADS == 1:
@@ -213,6 +222,15 @@ def visible_slots(at, offsets, M: tl.constexpr, C: tl.constexpr, HEADS: tl.const
         position = at.position + tl.load(offsets + at.n) + i
         visible = visible & (m <= tl.maximum(position, 0))
     return visible
+
+
+@triton.jit
+def any_visible(at, offsets, C: tl.constexpr, HEADS: tl.constexpr, HIDE: tl.constexpr):
+    """Which queries see a slot, `[HEADS * C]`. Of the others `visible_slots` shows slot 0, so that p exists."""
+    i = tl.arange(0, HEADS * C) % C
+    if HIDE:
+        return at.position + tl.load(offsets + at.n) + i >= 0
+    return i >= 0
 
 
 @triton.jit

@@ -8,9 +8,11 @@ from t2r_kernels.triton.blocks import (
     FUSED,
     ONE_BAND,
     TEMPERED,
+    any_visible,
     band_read,
     band_write,
     cumulative,
+    head_numbers,
     head_rows,
     load_gates,
     load_state,
@@ -41,16 +43,17 @@ def chunk_weights(g, s, slot, gating, sums, written, at, h, M: tl.constexpr, C: 
 
 @triton.jit
 def query_gradients_kernel(
-    q, k, v, g, s, slot, gating, do, dq, weights, d_logits, rows, sums, written, states, bands, table, offsets,
+    q, k, v, g, s, slot, gating, do, d_lse, dq, weights, d_logits, rows, sums, written, states, bands, table, offsets,
     T, H, scale,
     GROUP: tl.constexpr, M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, HIDE: tl.constexpr,
-    BANDED: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
+    LSE: tl.constexpr, BANDED: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dq`, and for the kernels that follow: what the other gradients of a chunk are made of.
 
     `weights` and `d_logits`, `[B, T, HQ, M]`: the softmax and the gradient of its logits (scale included), each times
-    exp(G_i) unless BANDED. `rows`, `[B, T, H, M]` fp32: the derivative of the loss by G_i, as reads i see it.
+    exp(G_i) unless BANDED. `rows`, `[B, T, H, M]` fp32: the derivative of the loss by G_i, as reads i see it. With LSE,
+    the loss has the derivative `d_lse`, `[B, T, HQ]`, by the log-sum-exp too.
 
     One program per chunk, state head and BD columns; which chunks, as for `output_kernel`.
     """
@@ -83,9 +86,14 @@ def query_gradients_kernel(
         dA = operand(tl.where(causal, dA, 0.0), OP, PRECISION)
         all_U = read_through(S, U, G_rows, G, strength, write, count, OP, PRECISION, BANDED)
         all_dP = read_through(dA, dP, G_rows, G, strength, write, count, OP, PRECISION, BANDED)
-        p = softmax(all_U if BANDED else all_U * decay, scale, visible)
+        p, _ = softmax(all_U if BANDED else all_U * decay, scale, visible)
         dp = all_dP if BANDED else all_dP * decay
-        dl = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
+        delta = tl.sum(p * dp, 1)
+        if LSE:
+            place, exists = head_numbers(d_lse, at, h, a, GROUP, C, HEADS)
+            sees = any_visible(at, offsets, C, HEADS, HIDE)
+            delta -= tl.load(place, mask=exists & sees, other=0.0)
+        dl = p * (dp - delta[:, None]) * scale
         reading, d_reading = operand(p * decay, OP, PRECISION), operand(dl * decay, OP, PRECISION)
         # From the operands that the columns come from, rounded alike, so that what must cancel between them does.
         if BANDED:

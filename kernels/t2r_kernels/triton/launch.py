@@ -161,13 +161,24 @@ class Call:
             self.each_chunk(kernel, options, blocks, BANDED=banded, **arguments)
 
 
-def forward(call: Call, first: tuple[Tensor, Tensor] | None, last: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Outputs `[B, T, HQ, DV]` in q's dtype; `last` (keys, values) is filled with the final state if given."""
+def forward(
+    call: Call,
+    first: tuple[Tensor, Tensor] | None,
+    last: tuple[Tensor, Tensor] | None,
+    lse: Tensor | None = None,  # [B, T, HQ] fp32
+) -> Tensor:
+    """Outputs `[B, T, HQ, DV]` in q's dtype.
+
+    If given, `last` (keys, values) is filled with the final state, and `lse` with the log-sum-exp of each softmax.
+    """
     o = torch.empty(call.B, call.T, call.HQ, call.DV, dtype=call.q.dtype, device=call.q.device)
     states, decay, bands = call.chunk_states()
     call.scan(states, decay, first, last)
-    call.each_chunk_by_bands(output_kernel, call.config.output, o=view(o), states=states, bands=bands)
-    call.run("forward", *(first or (None, None)), *(last or (None, None)))
+    call.each_chunk_by_bands(
+        output_kernel, call.config.output, o=view(o), lse=view(o if lse is None else lse), states=states, bands=bands,
+        LSE=lse is not None,
+    )  # fmt: skip
+    call.run("forward", *(first or (None, None)), *(last or (None, None)), lse)
     return o
 
 
@@ -176,6 +187,7 @@ def backward(
     do: Tensor,  # [B, T, HQ, DV]
     first: tuple[Tensor, Tensor] | None,
     d_last: tuple[Tensor, Tensor] | None,
+    d_lse: Tensor | None = None,  # [B, T, HQ]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
     """Gradients of q, k, v, g, of s if it was given, and of the initial state if there was one."""
     dq, dk, dv, dg = (empty_like(x) for x in (call.q, call.k, call.v, call.g))
@@ -193,11 +205,14 @@ def backward(
     call.scan(states, decay, first, None)
     found = {"sums": view(sums), "written": view(written), "bands": bands, "rows": view(rows), "states": states}
     scratch = {"weights": view(weights), "d_logits": view(d_logits), "do": view(do)}
-    call.each_chunk_by_bands(query_gradients_kernel, call.config.queries, blocks, **scratch, **found, dq=view(dq))
+    call.each_chunk_by_bands(
+        query_gradients_kernel, call.config.queries, blocks, **scratch, **found, dq=view(dq),
+        d_lse=view(do if d_lse is None else d_lse), LSE=d_lse is not None,
+    )  # fmt: skip
     found |= {"columns": view(columns), "dk": view(dk), "dv": view(dv), "d_states": call.empty_states()}
     call.each_chunk_by_bands(token_gradients_kernel, call.config.tokens, blocks, **scratch, **found)
     call.scan(found["d_states"], decay, d_last, d_first, reverse=True)
-    call.run("backward", do, *(first or (None, None)), *(d_last or (None, None)))
+    call.run("backward", do, *(first or (None, None)), *(d_last or (None, None)), d_lse)
     del weights, d_logits, scratch
 
     through, kept = torch.empty(shape, **fp32), torch.empty_like(decay)
@@ -224,6 +239,7 @@ def step(
     scale: float,
     gating: Gating,
     config: Config | None = None,  # the table's when not given
+    lse: Tensor | None = None,  # [B, 1, HQ] fp32, to be filled
 ) -> Tensor:
     """Output `[B, 1, HQ, DV]` of one token, in one launch; the state is updated in place."""
     (B, _, H, M), (DK, DV) = g.shape, (k.shape[3], v.shape[3])
@@ -235,8 +251,9 @@ def step(
         "slot": view(g if slot is None else slot), "gating": gating, "positions": positions, "keys": keys,
         "values": values, "o": view(o), "H": H, "scale": scale, "GROUP": GROUP, "ROWS": block(GROUP), "M": M, "DK": DK,
         "DV": DV, "BK": block(DK), "BV": block(DV), "GATE": gate_kind(s, slot, gating), "HIDE": positions is not None,
+        "lse": view(o if lse is None else lse), "LSE": lse is not None,
     }  # fmt: skip
-    tensors = (q, k, v, g, s, slot, positions, keys, values)
+    tensors = (q, k, v, g, s, slot, positions, keys, values, lse)
     key = ("step", config, GROUP, H, M, DK, DV, known["GATE"], *map(fingerprint, tensors))
     run([launch_of(step_kernel, (B * H, 1, 1), config.step, known)], key, q.device)
     return o

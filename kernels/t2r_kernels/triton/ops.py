@@ -28,26 +28,32 @@ def _forward(
     keep_logit: float,
     normalizer: float,
     output_final_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`launch.forward`: outputs and final keys and values (empty unless asked for)."""
+    output_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`launch.forward`: outputs, and final keys and values and log-sum-exp (empty unless asked for)."""
     call = _call(q, k, v, g, s, slot, cu_seqlens, offsets, scale, write_logit, keep_logit, normalizer)
-    last = _final_state(k, v, g, cu_seqlens, output_final_state)
-    return launch.forward(call, _pair(keys, values), last if output_final_state else None), *last
+    last, lse = _final_state(k, v, g, cu_seqlens, output_final_state), _lse(q, output_lse)
+    o = launch.forward(call, _pair(keys, values), last if output_final_state else None, lse if output_lse else None)
+    return o, *last, lse
 
 
 gsa_op = custom_op("t2r::gsa", _forward, mutates_args=())
 
 
 @gsa_op.register_fake
-def _(q, k, v, g, s, slot, keys, values, cu_seqlens, offsets, scale, write, keep, normalizer, output_final_state):
+def _(
+    q, k, v, g, s, slot, keys, values, cu_seqlens, offsets, scale, write, keep, normalizer, output_final_state,
+    output_lse,
+):  # fmt: skip
     o = q.new_empty(*q.shape[:3], v.shape[3])
-    return o, *_final_state(k, v, g, cu_seqlens, output_final_state)
+    return o, *_final_state(k, v, g, cu_seqlens, output_final_state), _lse(q, output_lse)
 
 
 def _gradients(
     do: Tensor,
     d_keys: Tensor | None,
     d_values: Tensor | None,
+    d_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -65,7 +71,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`launch.backward`: gradients of q, k, v, g, s and the initial keys and values (empty for what was not given)."""
     call = _call(q, k, v, g, s, slot, cu_seqlens, offsets, scale, write_logit, keep_logit, normalizer)
-    *grads, ds, d_first = launch.backward(call, do, _pair(keys, values), _pair(d_keys, d_values))
+    *grads, ds, d_first = launch.backward(call, do, _pair(keys, values), _pair(d_keys, d_values), d_lse)
     ds = _nothing(q) if ds is None else ds
     return *grads, ds, *((_nothing(q), _nothing(q)) if d_first is None else d_first)
 
@@ -74,19 +80,21 @@ gsa_backward_op = custom_op("t2r::gsa_backward", _gradients, mutates_args=())
 
 
 @gsa_backward_op.register_fake
-def _(do, d_keys, d_values, q, k, v, g, s, slot, keys, values, cu_seqlens, offsets, scale, write, keep, normalizer):
+def _(
+    do, d_keys, d_values, d_lse, q, k, v, g, s, slot, keys, values, cu_seqlens, offsets, scale, write, keep, normalizer
+):  # fmt: skip
     return tuple(_nothing(q) if x is None else launch.empty_like(x) for x in (q, k, v, g, s, keys, values))
 
 
 def _save(ctx, inputs, output):
-    *tensors, scale, write_logit, keep_logit, normalizer, output_final_state = inputs
+    *tensors, scale, write_logit, keep_logit, normalizer, output_final_state, output_lse = inputs
     ctx.save_for_backward(*tensors)
     ctx.scalars = scale, write_logit, keep_logit, normalizer
-    ctx.output_final_state = output_final_state
+    ctx.output_final_state, ctx.output_lse = output_final_state, output_lse
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, d_keys, d_values, gradients=gsa_backward_op):
+def _backward(ctx, do, d_keys, d_values, d_lse, gradients=gsa_backward_op):
     q, k, v, g, s, slot, keys, values, cu_seqlens, offsets = ctx.saved_tensors
     if do is None:
         do = q.new_zeros(*q.shape[:3], v.shape[3])
@@ -97,11 +105,12 @@ def _backward(ctx, do, d_keys, d_values, gradients=gsa_backward_op):
         d_values = q.new_zeros(n, H, M, v.shape[3], dtype=torch.float32) if d_values is None else d_values.contiguous()
         final = d_keys, d_values
     dq, dk, dv, dg, ds, dk0, dv0 = gradients(
-        do, *final, q, k, v, g, s, slot, keys, values, cu_seqlens, offsets, *ctx.scalars
-    )
+        do, *final, d_lse if ctx.output_lse else None, q, k, v, g, s, slot, keys, values, cu_seqlens, offsets,
+        *ctx.scalars,
+    )  # fmt: skip
     given = (dq, dk, dv, dg, None if s is None else ds, None)
     state = (None, None) if keys is None else (dk0, dv0)
-    return *given, *state, *(None,) * 7
+    return *given, *state, *(None,) * 8
 
 
 gsa_op.register_autograd(_backward, setup_context=_save)
@@ -118,7 +127,7 @@ class _Eager(torch.autograd.Function):
         return _backward(ctx, *gradients, gradients=_gradients)
 
 
-def whole(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+def whole(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`gsa_op`, by the shortest way."""
     return gsa_op(*arguments) if torch.compiler.is_compiling() else _Eager.apply(*arguments)
 
@@ -133,21 +142,22 @@ def _step(
     positions: Tensor | None,
     keys: Tensor,
     values: Tensor,
+    lse: Tensor | None,
     scale: float,
     write_logit: float,
     keep_logit: float,
     normalizer: float,
 ) -> Tensor:
-    """`launch.step`: the output; keys and values are updated in place."""
+    """`launch.step`: the output; keys and values are updated in place, lse is filled."""
     gating = Gating(float(write_logit), float(keep_logit), float(normalizer), 1 / normalizer)
-    return launch.step(q, k, v, g, s, slot, positions, keys, values, float(scale), gating)
+    return launch.step(q, k, v, g, s, slot, positions, keys, values, float(scale), gating, lse=lse)
 
 
-gsa_step_op = custom_op("t2r::gsa_step", _step, mutates_args=("keys", "values"))
+gsa_step_op = custom_op("t2r::gsa_step", _step, mutates_args=("keys", "values", "lse"))
 
 
 @gsa_step_op.register_fake
-def _(q, k, v, g, s, slot, positions, keys, values, scale, write_logit, keep_logit, normalizer):
+def _(q, k, v, g, s, slot, positions, keys, values, lse, scale, write_logit, keep_logit, normalizer):
     return q.new_empty(*q.shape[:3], v.shape[3])
 
 
@@ -167,6 +177,10 @@ def _final_state(k: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None, wan
     n = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (n, g.shape[2], g.shape[3])
     return tuple(x.new_empty(*shape, x.shape[3], dtype=torch.float32) for x in (k, v))
+
+
+def _lse(q: Tensor, wanted: bool) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float32) if wanted else _nothing(q)
 
 
 def _pair(keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor] | None:

@@ -4,9 +4,11 @@ import triton
 import triton.language as tl
 
 from t2r_kernels.triton.blocks import (
+    any_visible,
     band_read,
     band_write,
     cumulative,
+    head_numbers,
     head_rows,
     load_gates,
     load_state,
@@ -17,6 +19,7 @@ from t2r_kernels.triton.blocks import (
 )
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -87,10 +90,12 @@ def weigh_tokens(P, reading, G_rows, G, strength, written, count, OP: tl.constex
 
 @triton.jit
 def softmax(logits, scale, visible):
-    """Of `scale * logits` over slots, hidden ones at 0."""
+    """Of `scale * logits` over slots, hidden ones at 0; and the log-sum-exp of those that are not."""
     logits = tl.where(visible, logits * (scale * LOG2_E), float("-inf"))
-    p = tl.exp2(logits - tl.max(logits, 1)[:, None])
-    return p * (1.0 / tl.sum(p, 1))[:, None]
+    top = tl.max(logits, 1)
+    p = tl.exp2(logits - top[:, None])
+    total = tl.sum(p, 1)
+    return p * (1.0 / total)[:, None], (top + tl.log2(total)) * LN_2
 
 
 @triton.jit
@@ -105,15 +110,15 @@ def write_output(x, by_slot, by_token, tokens, state, at, h, first, d, GROUP: tl
 
 @triton.jit
 def output_kernel(
-    q, k, v, g, s, slot, gating, o, states, bands, table, offsets, T, H, scale,
+    q, k, v, g, s, slot, gating, o, lse, states, bands, table, offsets, T, H, scale,
     GROUP: tl.constexpr, M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, HIDE: tl.constexpr,
-    BANDED: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
+    LSE: tl.constexpr, BANDED: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a chunk's queries, for the GROUP heads that share one state. One program per chunk and state head.
 
-    `states[c, h]` is the state before the chunk. With BANDED, only the chunks that need several bands; without it,
-    only those that need one.
+    `states[c, h]` is the state before the chunk. With LSE, also the log-sum-exp of each softmax, `[B, T, HQ]` fp32.
+    With BANDED, only the chunks that need several bands; without it, only those that need one.
     """
     c, h = tl.program_id(0), tl.program_id(1)
     count = tl.load(bands + c * H + h)
@@ -138,7 +143,11 @@ def output_kernel(
         logits = read_through(S, U, G_rows, G, strength, written, count, OP, PRECISION, BANDED)
         if not BANDED:
             logits *= decay
-        p = softmax(logits, scale, visible)
+        p, total = softmax(logits, scale, visible)
+        if LSE:
+            place, exists = head_numbers(lse, at, h, a, GROUP, C, HEADS)
+            sees = any_visible(at, offsets, C, HEADS, HIDE)
+            tl.store(place, tl.where(sees, total, float("-inf")), mask=exists)
         reading = (p * decay).to(OP)
         A = weigh_tokens(p, reading, G_rows, G, strength, written, count, OP, PRECISION, BANDED)
         A = tl.where(causal, A, 0.0).to(OP)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from t2r_kernels.triton.blocks import FREE, FUSED, TEMPERED, gate_of_logits, one_minus_exp
-from t2r_kernels.triton.output import LOG2_E
+from t2r_kernels.triton.output import LN_2, LOG2_E
 
 
 @triton.jit
@@ -22,14 +22,15 @@ def update(state, x, keep, strength, row, m0, M: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def step_kernel(
-    q, k, v, g, s, slot, gating, positions, keys, values, o, H, scale,
+    q, k, v, g, s, slot, gating, positions, keys, values, o, lse, H, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, HIDE: tl.constexpr,
+    LSE: tl.constexpr,
 ):  # fmt: skip
     """One step of the recurrence. One program per sequence and state head, for its GROUP query heads.
 
     `keys` `[B, H, M, DK]` and `values` `[B, H, M, DV]`, fp32 and contiguous, are overwritten. The softmax runs over BS
-    slots at a time, with a running maximum.
+    slots at a time, with a running maximum. With LSE, its log-sum-exp too, `[B, 1, HQ]` fp32.
     """
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     a, dk, dv = tl.arange(0, ROWS), tl.arange(0, BK), tl.arange(0, BV)
@@ -63,6 +64,11 @@ def step_kernel(
         total = total * rescale + tl.sum(p, 1)
         out = out * rescale[:, None] + tl.dot(p, slot_values, input_precision="tf32x3")
         top = higher
+    if LSE:
+        total_log = (top + tl.log2(total)) * LN_2
+        if HIDE:
+            total_log = tl.where(tl.load(positions + b) < 0, float("-inf"), total_log)
+        tl.store(lse.data + b * lse.b + (h * GROUP + a) * lse.h, total_log, mask=a < GROUP)
     out = out * (1.0 / total)[:, None]
     pointers = o.data + b * o.b + head * o.h + dv[None, :]
     tl.store(pointers, out.to(o.data.dtype.element_ty), mask=is_head & (dv < DV)[None, :])
