@@ -53,16 +53,19 @@ def test_steps():
 
 
 @torch.no_grad()
-def test_model_is_the_cpus():
-    model, x = shake(student(layer_types=["linear_attention", "full_attention", "linear_attention"])), tokens(2, 50)
+@pytest.mark.parametrize("kind", ["linear_attention", "hybrid_sliding"])
+def test_model_is_the_cpus(kind):
+    model = shake(student(layer_types=["linear_attention", "full_attention", kind], hybrid_window=7))
+    x = tokens(2, 50)
     expected = model(x).logits
     assert (model.cuda()(x.cuda()).logits.cpu() - expected).abs().max() < 1e-3
     low = model.bfloat16()(x.cuda()).logits.float().cpu()
     assert (low - expected).norm() / expected.norm() < 0.1
 
 
-def test_generation_with_padding():
-    model = shake(student()).cuda()
+@pytest.mark.parametrize("window", [None, 7])
+def test_generation_with_padding(window):
+    model = shake(student(hybrid_window=window)).cuda()
     prompts = [tokens(1, n, seed=n).cuda() for n in (3, 20)]
     batch = torch.cat([torch.nn.functional.pad(p, (20 - p.shape[1], 0)) for p in prompts])
     mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), (20 - p.shape[1], 0)) for p in prompts])

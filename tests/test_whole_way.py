@@ -25,8 +25,10 @@ def t2r(*words):
     return result.stdout
 
 
-@pytest.mark.parametrize("start", ["window", "routed", "paper"])
-def test_the_whole_way(tmp_path, monkeypatch, start):
+@pytest.mark.parametrize(
+    ("start", "window"), [("window", None), ("routed", None), ("paper", None), ("window", 3), ("routed", 3)]
+)
+def test_the_whole_way(tmp_path, monkeypatch, start, window):
     monkeypatch.setenv("T2R_CACHE", str(tmp_path / "cache"))
     tiny_llama(tmp_path / "teacher", chat=True)
     documents = [tiny_text(40 + 10 * i, seed=i) for i in range(20)]
@@ -38,6 +40,7 @@ def test_the_whole_way(tmp_path, monkeypatch, start):
     if start == "routed":
         monkeypatch.setattr("t2r_conversion.calibrate.WINDOW", 128)
         slots += ["--rings", "2,4", "--calibrate", tmp_path / "heldout.txt"]
+    slots += [] if window is None else ["--window", window]
     t2r("convert", tmp_path / "teacher", "-o", tmp_path / "converted", "--start", start, *slots)
     tables = t2r("train", tmp_path / "recipe.yaml")
     assert "Perplexity before the finetune" in tables

@@ -39,6 +39,7 @@ def convert(
     gate_write: float = T2RConfig.gate_write_logit,
     gate_keep: float = T2RConfig.gate_keep_logit,
     rings: list[int] | None = None,
+    window: int | None = None,
     calibrate: str | Path | None = None,
     calibration_tokens: int = 32768,
     hard_link: bool = False,
@@ -52,13 +53,14 @@ def convert(
     Args:
         source: a local Hugging Face folder, a Hub id, or a `.gguf` file.
         out: folder to write.
-        start: see `plan_conversion`, as for the next six.
+        start: see `plan_conversion`, as for the next seven.
         num_slots: see `plan_conversion`.
         num_sinks: see `plan_conversion`.
         keep_softmax: see `plan_conversion`.
         gate_write: see `plan_conversion`.
         gate_keep: see `plan_conversion`.
         rings: see `plan_conversion`.
+        window: see `plan_conversion`.
         calibrate: routed start: a text that the routers are fitted to; None for `REFERENCE` in `calibrate`.
         calibration_tokens: of that text, at most.
         hard_link: share the files of untouched shards with the source instead of copying them; nobody must write to
@@ -82,6 +84,7 @@ def convert(
         "gate_write": gate_write,
         "gate_keep": gate_keep,
         "rings": rings,
+        "window": window,
     }
     if calibrate is not None:
         if start != "routed":

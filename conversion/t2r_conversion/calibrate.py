@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from t2r.model.configuration_t2r import LINEAR_ATTENTION, T2RConfig
+from t2r.model.configuration_t2r import T2RConfig
 from t2r.model.modeling_t2r import T2RDecoderLayer, rotate
 from t2r.model.positions import Positions
 from t2r.model.rings import ring_schedule
@@ -188,7 +188,7 @@ def _fit(
     embedding = _tensor(files, "model.embed_tokens.weight")
     hidden = [embedding[row].float().to(device) for row in windows]  # each [L, hidden]
     del embedding
-    last = max((i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION), default=-1)
+    last = max(config.slot_layers, default=-1)
     fit = Fit({}, [], [list(config.rings_of(i)) for i in range(config.num_hidden_layers)], [])
     for number in range(last + 1):
         layer, inputs, importance = _layer(softmax, files, number, device), [], []
@@ -199,7 +199,7 @@ def _fit(
             importance.append(received)
             x = x + attended
             hidden[i] = x + layer.mlp(layer.post_attention_layernorm(x))
-        if config.layer_types[number] == LINEAR_ATTENTION:
+        if number in config.slot_layers:
             counted = slice(config.num_sinks, windows.shape[1] - ENDING)
             x, y = (torch.cat([part[counted] for part in parts]) for parts in (inputs, importance))
             weight, r_squared = ridge(x, y.log())

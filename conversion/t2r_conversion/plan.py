@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from t2r.model.configuration_t2r import LINEAR_ATTENTION, T2RConfig
+from t2r.model.configuration_t2r import T2RConfig
 from t2r.model.starts import new_tensors
 from t2r_conversion.headers import SourceTensor, one_line
 from t2r_conversion.source import Source
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CACHE_LENGTHS = (2048, 32768)
-STATE_BYTES = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,9 @@ class Plan:
     def memory(self) -> list[dict[str, int]]:
         """Bytes that one sequence holds after so many tokens: the converted model's, and the source's KV cache.
 
-        The recurrent state is fp32; key/value caches are in the source's dtype.
+        Slots are fp32; windows beside them and key/value caches are in the source's dtype.
         """
-        state = self.config.state_elements() * STATE_BYTES
+        state = self.config.state_bytes(self.dtype.itemsize)
         source = _all_softmax(self.config)
         rows = []
         for tokens in CACHE_LENGTHS:
@@ -90,7 +89,7 @@ class Plan:
     def summary(self) -> dict[str, Any]:
         """The plan without its list of tensors, ready for JSON."""
         config = self.config
-        softmax = [layer for layer, kind in enumerate(config.layer_types) if kind != LINEAR_ATTENTION]
+        softmax = sorted(set(range(config.num_hidden_layers)) - set(config.slot_layers))
         return {
             "source": self.source.name,
             "family": self.source.family.model_type,
@@ -98,6 +97,7 @@ class Plan:
             "start": config.start,
             "num_slots": config.num_slots,
             "num_sinks": config.num_sinks,
+            **({} if config.hybrid_window is None else {"window": config.hybrid_window}),
             **self._rings(),
             "gate_write_logit": config.gate_write_logit,
             "gate_keep_logit": config.gate_keep_logit,
@@ -130,6 +130,7 @@ def plan_conversion(
     gate_write: float = T2RConfig.gate_write_logit,
     gate_keep: float = T2RConfig.gate_keep_logit,
     rings: list[int] | None = None,
+    window: int | None = None,
 ) -> Plan:
     """Plan the conversion of a model.
 
@@ -143,6 +144,8 @@ def plan_conversion(
         gate_keep: window and routed start: `T2RConfig.gate_keep_logit`.
         rings: routed start: sizes of its rings; None for two, whose sizes are chosen for each layer when routers are
             fitted.
+        window: window and routed start: tokens of a softmax window beside the slots of each converted layer; None for
+            no such window.
 
     Raises:
         ValueError: an argument is out of range, or tensors are missing, unexpected, or of a wrong shape or dtype
@@ -151,7 +154,7 @@ def plan_conversion(
     _warn_without_effect(start, num_sinks=num_sinks, gate_write_logit=gate_write, gate_keep_logit=gate_keep)
     values = source.family.config_values(source.config)
     options = {"start": start, "num_slots": num_slots, "num_sinks": num_sinks, "rings": rings}
-    options |= {"gate_write_logit": gate_write, "gate_keep_logit": gate_keep}
+    options |= {"gate_write_logit": gate_write, "gate_keep_logit": gate_keep, "hybrid_window": window}
     try:
         config = T2RConfig(**values, **options)
     except Exception as error:  # whatever transformers makes of fields that make no sense
@@ -177,7 +180,7 @@ def _layer_types(config: T2RConfig, keep_softmax: Iterable[int]) -> list[str]:
     outside = sorted(kept - set(range(layers)))
     if outside:
         raise ValueError(f"keep_softmax: no layers {', '.join(map(str, outside))}; the model has 0 to {layers - 1}")
-    return [config.softmax_type if layer in kept else LINEAR_ATTENTION for layer in range(layers)]
+    return [config.softmax_type if layer in kept else kind for layer, kind in enumerate(config.layer_types)]
 
 
 def _all_softmax(config: T2RConfig) -> T2RConfig:
@@ -234,8 +237,7 @@ def _new_tensors(config: T2RConfig, dtype: str) -> list[PlannedTensor]:
         PlannedTensor(
             f"model.layers.{layer}.self_attn.{name}", "new", shape, dtype, size, size * itemsize, None, mean, std
         )
-        for layer, kind in enumerate(config.layer_types)
-        if kind == LINEAR_ATTENTION
+        for layer in config.slot_layers
         for name, (shape, mean, std) in new_tensors(config).items()
         for size in [prod(shape)]
     ]

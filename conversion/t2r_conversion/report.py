@@ -3,7 +3,7 @@
 from rich.console import Group
 from rich.table import Table
 
-from t2r.model.configuration_t2r import LINEAR_ATTENTION
+from t2r.model.configuration_t2r import HYBRID_ATTENTION, SLOT_ATTENTION
 from t2r_conversion.plan import Plan
 
 
@@ -23,10 +23,12 @@ def _tensors(plan: Plan) -> Table:
 def _layers(plan: Plan) -> Table:
     config = plan.config
     table = _table("Layers", "count", "which")
-    linear = f"Gated Slot Attention, {config.start} start, {config.num_slots} slots"
+    slots = f"Gated Slot Attention, {config.start} start, {config.num_slots} slots"
     for kind in dict.fromkeys(config.layer_types):
         numbers = [number for number, other in enumerate(config.layer_types) if other == kind]
-        table.add_row(linear if kind == LINEAR_ATTENTION else kind, str(len(numbers)), _ranges(numbers))
+        name = slots if kind in SLOT_ATTENTION else kind
+        beside = f" beside a window of {config.hybrid_window} tokens" if kind == HYBRID_ATTENTION else ""
+        table.add_row(name + beside, str(len(numbers)), _ranges(numbers))
     return table
 
 

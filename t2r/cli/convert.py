@@ -16,6 +16,10 @@ def convert(
     slots: Annotated[int, typer.Option(help="Slots of each key/value head.")] = 64,
     sinks: Annotated[int, typer.Option(help="Window and routed start: slots that keep the first tokens.")] = 4,
     keep_softmax: Annotated[str, typer.Option(metavar="0,8,16", help="Layers that keep softmax attention.")] = "",
+    window: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Window and routed start: a softmax window of N tokens beside the slots."),
+    ] = None,
     gate_write: Annotated[
         float | None, typer.Option(help="Window and routed start: logit that empties the slot being written.")
     ] = None,
@@ -53,6 +57,7 @@ def convert(
             num_slots=slots,
             num_sinks=sinks,
             keep_softmax=_numbers(keep_softmax, "--keep-softmax", "layer numbers"),
+            window=window,
             rings=_numbers(rings, "--rings", "sizes") or None,
             calibrate=calibrate,
             calibration_tokens=calibration_tokens,

@@ -38,6 +38,8 @@ def _model(facts: "ModelFacts") -> Table:
         table.add_row(
             "slots", str(facts.slots) if facts.sinks is None else f"{facts.slots}, {facts.sinks} of them sinks"
         )
+    if facts.window is not None:
+        table.add_row("softmax window", f"{facts.window} tokens")
     for name, value in facts.shape.items():
         table.add_row(name.replace("_", " "), f"{value:,}")
     table.add_row("parameters", f"{facts.parameters:,}")

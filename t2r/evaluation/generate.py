@@ -90,8 +90,8 @@ def generate_stream(
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes that a cache holds, over all layers and sequences."""
-    tensors = [x for layer in cache.layers for x in (layer.keys, layer.values) if torch.is_tensor(x)]
-    return sum(x.nbytes for x in tensors)
+    held = [(layer.keys, layer.values, *(getattr(layer, "recent", None) or ())) for layer in cache.layers]
+    return sum(x.nbytes for each in held for x in each if torch.is_tensor(x))
 
 
 class _Streamer(TextStreamer):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from t2r.evaluation.perplexity import window_nlls
-from t2r.model import LINEAR_ATTENTION, T2RForCausalLM
+from t2r.model import T2RForCausalLM
 
 Progress = Callable[[int, int], None]
 """Called with the evaluations done and those in all."""
@@ -32,7 +32,7 @@ def softmax_gains(
     Raises:
         ValueError: the model has fewer than `keep` converted layers, or see `window_nlls`.
     """
-    converted = [i for i, kind in enumerate(model.config.layer_types) if kind == LINEAR_ATTENTION]
+    converted = model.config.slot_layers
     if not 0 <= keep <= len(converted):
         raise ValueError(f"keep: {keep} layers to choose of {len(converted)} that are converted")
     done, total = 0, 1 + len(converted) + sum(min(2 * keep, len(converted)) - i for i in range(1, keep))

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from t2r.hub.facts import ModelFacts, model_facts
+from t2r.model import SLOT_ATTENTION
 
 CARD = "README.md"
 MARK = "<!-- Written by t2r from t2r_record.json. Delete this line to keep a card of your own. -->"
@@ -13,6 +14,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(?<!\.gguf)")
 PAPER = "[Gated Slot Attention](https://arxiv.org/abs/2409.07146)"
 _KINDS = {
     "linear_attention": "Gated Slot Attention",
+    "hybrid_sliding": "Gated Slot Attention beside a softmax window",
     "full_attention": "softmax attention",
     "sliding_attention": "sliding-window softmax attention",
 }
@@ -105,10 +107,11 @@ def _summary(facts: ModelFacts, repo: str) -> str:
 
 def _layers(facts: ModelFacts) -> str:
     total = sum(facts.layers.values())
-    linear = facts.layers.get("linear_attention", 0)
-    if linear == total:
-        return f"the softmax attention of all {total} layers is replaced by {PAPER}, whose memory does not grow"
-    return f"the softmax attention of {linear} of its {total} layers is replaced by {PAPER}"
+    converted = sum(facts.layers.get(kind, 0) for kind in SLOT_ATTENTION)
+    beside = "" if facts.window is None else f" beside a softmax window of {facts.window} tokens"
+    if converted == total:
+        return f"the softmax attention of all {total} layers is replaced by {PAPER}{beside}, whose memory does not grow"
+    return f"the softmax attention of {converted} of its {total} layers is replaced by {PAPER}{beside}"
 
 
 def _usage(repo: str) -> str:
@@ -137,6 +140,7 @@ def _conversion(facts: ModelFacts) -> str:
         "Start": facts.start,
         "Slots of each key/value head": facts.slots,
         "… of which keep the first tokens at the start": facts.sinks,
+        "Tokens of the softmax window beside the slots": facts.window,
         "Recurrent state of one sequence": f"{facts.state_bytes:,} bytes" if facts.state_bytes else None,
     }
     for tokens, size in facts.memory_bytes.items():
@@ -187,9 +191,10 @@ _PLACES = {"student": 2, "teacher": 2, "ratio": 3}
 def _limits(facts: ModelFacts) -> str:
     lines = []
     if facts.slots:
+        beside = "" if facts.window is None else f" and the last {facts.window} tokens"
         lines.append(
-            f"- A Gated Slot Attention layer keeps {facts.slots} slots of each key/value head, however long the text: "
-            "what they no longer hold cannot be looked up word for word."
+            f"- A Gated Slot Attention layer keeps {facts.slots} slots of each key/value head{beside}, "
+            "however long the text: what they no longer hold cannot be looked up word for word."
         )
     if facts.record and not facts.record.get("training"):
         lines.append("- Converted only, not trained since.")

@@ -7,12 +7,11 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from t2r.model import LINEAR_ATTENTION, T2RConfig
+from t2r.model import T2RConfig
 from t2r_conversion.headers import SourceTensor, read_headers
 from t2r_conversion.record import read_record
 
 CONTEXTS = (2048, 32768)
-STATE_BYTES = 4  # the recurrent state is fp32 whatever the weights are
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class ModelFacts:
         shape: hidden size, heads, key/value heads, head width, vocabulary.
         slots: slots of each key/value head; None without recurrent layers.
         sinks: slots that keep the first tokens; None where the start has none.
+        window: tokens of the softmax window beside the slots; None where there is none.
         parameters: numbers stored.
         weight_bytes: bytes of those.
         dtype: dtype of most parameters, as safetensors spells it.
@@ -44,6 +44,7 @@ class ModelFacts:
     shape: dict[str, int]
     slots: int | None
     sinks: int | None
+    window: int | None
     parameters: int
     weight_bytes: int
     dtype: str
@@ -72,8 +73,8 @@ def model_facts(folder: str | Path) -> ModelFacts:
         sizes[tensor.dtype] += tensor.parameters
     dtype = sizes.most_common(1)[0][0]
     itemsize = SourceTensor((1,), dtype, "").bytes
-    recurrent = isinstance(config, T2RConfig) and LINEAR_ATTENTION in config.layer_types
-    state = STATE_BYTES * config.state_elements() if recurrent else 0
+    recurrent = isinstance(config, T2RConfig) and bool(config.slot_layers)
+    state = config.state_bytes(itemsize) if recurrent else 0
     return ModelFacts(
         folder=str(folder),
         model_type=config.model_type,
@@ -82,6 +83,7 @@ def model_facts(folder: str | Path) -> ModelFacts:
         shape=_shape(config),
         slots=config.num_slots if recurrent else None,
         sinks=config.num_sinks if recurrent and config.start != "paper" else None,
+        window=config.hybrid_window if recurrent else None,
         parameters=sizes.total(),
         weight_bytes=sum(tensor.bytes for tensor in tensors),
         dtype=dtype,

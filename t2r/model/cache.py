@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from .configuration_t2r import LINEAR_ATTENTION, T2RConfig
+from .configuration_t2r import HYBRID_ATTENTION, LINEAR_ATTENTION, T2RConfig
+from .window import Tokens
 
 
 class SlotCacheLayer(CacheLayerMixin):
@@ -22,6 +23,7 @@ class SlotCacheLayer(CacheLayerMixin):
         super().__init__()
         self.cumulative_length = 0
         self.written: Tensor | None = None  # [B, H, rings], see t2r.model.rings
+        self.recent: Tokens | None = None  # [B, window, ...], of a hybrid layer: not in slots yet
 
     @property
     def state(self) -> tuple[Tensor, Tensor] | None:
@@ -30,9 +32,9 @@ class SlotCacheLayer(CacheLayerMixin):
             self.keys, self.values = self.keys.clone(), self.values.clone()  # to be written again, outside that mode
         return (self.keys, self.values) if self.cumulative_length else None
 
-    def update(self, key_states, value_states, *args, num_tokens: int, written=None, **kwargs):  # noqa: ARG002
+    def update(self, key_states, value_states, *args, num_tokens: int, written=None, recent=None, **kwargs):  # noqa: ARG002
         """Keep the state that `num_tokens` more tokens have led to."""
-        self.keys, self.values, self.written = key_states, value_states, written
+        self.keys, self.values, self.written, self.recent = key_states, value_states, written, recent
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
         self.cumulative_length += num_tokens
@@ -71,11 +73,12 @@ class SlotCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.written = None
+        self.written = self.recent = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         self.keys, self.values = change(self.keys), change(self.values)
         self.written = None if self.written is None else change(self.written)
+        self.recent = None if self.recent is None else Tokens(*map(change, self.recent))
 
     def crop(self, tokens_to_remove: int) -> None:
         """A state cannot be rolled back.
@@ -100,6 +103,7 @@ class T2RCache(Cache):
         self.layer_types = list(layer_types or config.layer_types)
         make = {
             LINEAR_ATTENTION: SlotCacheLayer,
+            HYBRID_ATTENTION: SlotCacheLayer,
             "full_attention": DynamicLayer,
             "sliding_attention": lambda: DynamicSlidingWindowLayer(config.sliding_window),
         }

@@ -15,9 +15,12 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
     "num_slots",
+    "hybrid_window",
 )
-LINEAR_ATTENTION = "linear_attention"
+LINEAR_ATTENTION, HYBRID_ATTENTION = "linear_attention", "hybrid_sliding"
+SLOT_ATTENTION = (LINEAR_ATTENTION, HYBRID_ATTENTION)
 SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
+SLOT_BYTES, INDEX_BYTES = 4, 4  # of a number in a slot, fp32 whatever the weights are; of a slot's number
 
 
 class T2RConfig(PreTrainedConfig):
@@ -28,8 +31,10 @@ class T2RConfig(PreTrainedConfig):
         attention_out_bias: whether the output projection has one.
         qk_norm: whether each head's queries and keys pass an RMSNorm of their own before they are rotated.
         sliding_window: window of the source's softmax attention in tokens, or None when it sees everything.
-        layer_types: per layer, "linear_attention" (Gated Slot Attention) or a kept softmax layer:
-            "full_attention", or "sliding_attention" with `sliding_window`. All linear when not given.
+        layer_types: per layer, "linear_attention" (Gated Slot Attention), "hybrid_sliding" (the same beside a softmax
+            window of `hybrid_window` tokens) or a kept softmax layer: "full_attention", or "sliding_attention" with
+            `sliding_window`. When not given, all hybrid if `hybrid_window` is, all linear if not.
+        hybrid_window: tokens of the softmax window beside the slots of hybrid layers.
         start: how the layers were started, "window", "routed" or "paper" (see `t2r.model.starts`).
         num_slots: slots M of each key/value head.
         num_sinks: window and routed start: slots that keep the first tokens for ever.
@@ -73,6 +78,7 @@ class T2RConfig(PreTrainedConfig):
     sliding_window: int | None = None
 
     layer_types: list[str] | None = None
+    hybrid_window: int | None = None
     start: str = "window"
     num_slots: int = 64
     num_sinks: int = 4
@@ -90,7 +96,8 @@ class T2RConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.layer_types is None:
-            self.layer_types = [LINEAR_ATTENTION] * self.num_hidden_layers
+            kind = LINEAR_ATTENTION if self.hybrid_window is None else HYBRID_ATTENTION
+            self.layer_types = [kind] * self.num_hidden_layers
         self._check()
         super().__post_init__(**kwargs)
         rope = (self.rope_parameters or {}).get("rope_type", "default")
@@ -114,14 +121,28 @@ class T2RConfig(PreTrainedConfig):
         """The layer type of the source's own attention."""
         return "full_attention" if self.sliding_window is None else "sliding_attention"
 
+    @property
+    def slot_layers(self) -> list[int]:
+        """Numbers of the layers that have slots: the converted ones."""
+        return [i for i, kind in enumerate(self.layer_types) if kind in SLOT_ATTENTION]
+
     def state_elements(self) -> int:
-        """Numbers in the recurrent state of one sequence, over all Gated Slot Attention layers (each is fp32)."""
-        layers = self.layer_types.count(LINEAR_ATTENTION)
-        return layers * self.num_key_value_heads * self.num_slots * 2 * self.head_dim
+        """Numbers in the slots of one sequence, over all layers that have them (each is fp32)."""
+        return len(self.slot_layers) * self.num_key_value_heads * self.num_slots * 2 * self.head_dim
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of the recurrent state of one sequence: its slots, and the windows of hybrid layers.
+
+        Args:
+            itemsize: bytes of a number in the model's dtype, in which a window holds keys, values and gate logits.
+        """
+        tokens = self.layer_types.count(HYBRID_ATTENTION) * (self.hybrid_window or 0) * self.num_key_value_heads
+        window = tokens * ((2 * self.head_dim + self.num_slots) * itemsize + INDEX_BYTES)
+        return self.state_elements() * SLOT_BYTES + window
 
     def kv_cache_elements(self, num_tokens: int) -> int:
         """Numbers in the key/value cache of the kept softmax layers after `num_tokens` tokens of one sequence."""
-        layers = len(self.layer_types) - self.layer_types.count(LINEAR_ATTENTION)
+        layers = len(self.layer_types) - len(self.slot_layers)
         held = num_tokens if self.sliding_window is None else min(num_tokens, self.sliding_window)
         return layers * self.num_key_value_heads * held * 2 * self.head_dim
 
@@ -144,9 +165,13 @@ class T2RConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        unknown = sorted(set(self.layer_types) - {LINEAR_ATTENTION, *SOFTMAX_ATTENTION})
+        unknown = sorted(set(self.layer_types) - {*SLOT_ATTENTION, *SOFTMAX_ATTENTION})
         if unknown:
             raise ValueError(f"layer_types: {', '.join(unknown)} not supported; use linear_attention or full_attention")
+        if HYBRID_ATTENTION in self.layer_types and self.hybrid_window is None:
+            raise ValueError("layer_types has hybrid_sliding layers, but hybrid_window is not set")
+        if self.hybrid_window is not None and self.start == "paper":
+            raise ValueError("a window beside the slots (hybrid_window) needs start 'window' or 'routed', got 'paper'")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}"

@@ -25,11 +25,12 @@ from transformers.utils.output_capturing import capture_outputs
 from t2r_kernels import gsa, gsa_step
 
 from .cache import T2RCache
-from .configuration_t2r import LINEAR_ATTENTION, T2RConfig
+from .configuration_t2r import HYBRID_ATTENTION, SLOT_ATTENTION, T2RConfig
 from .packed import attend_by_document, attends_by_document
 from .positions import Positions
 from .rings import Router, ring_schedule
 from .starts import STARTS, gate_of, slot_schedule
+from .window import Tokens, joined, window_attention
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -64,8 +65,8 @@ class LanguageModelHead(nn.Linear):
 class T2RAttention(nn.Module):
     """One attention layer: the source's projections, read by Gated Slot Attention or by softmax attention.
 
-    A converted layer (`linear_attention`) also has a gate projection `f_proj`, and can be switched to the softmax
-    attention that it came from by setting `kind`.
+    A converted layer (`linear_attention`, or `hybrid_sliding` with a softmax window beside its slots) also has a gate
+    projection `f_proj`, and can be switched to the softmax attention that it came from by setting `kind`.
     """
 
     rotate = staticmethod(rotate)
@@ -85,7 +86,7 @@ class T2RAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = LlamaRMSNorm(D, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(D, eps=config.rms_norm_eps)
-        if self.kind == LINEAR_ATTENTION:
+        if self.kind in SLOT_ATTENTION:
             self.start = STARTS[config.start]
             self.f_proj = GateProjection(config.hidden_size, H * config.num_slots, bias=self.start.gate_bias)
             if self.start.routed:
@@ -105,7 +106,7 @@ class T2RAttention(nn.Module):
     ) -> Tensor:
         """Attend. Returns `[B, T, hidden]`."""
         q, k, v = self.project(hidden_states)
-        if self.kind == LINEAR_ATTENTION:
+        if self.kind in SLOT_ATTENTION:
             o = self._slots(hidden_states, q, k, v, positions, slots, rope, past_key_values)
         else:
             o = self._softmax(q, k, v, positions, rope, attention_mask, past_key_values, **kwargs)
@@ -126,22 +127,31 @@ class T2RAttention(nn.Module):
         logits = self.f_proj(hidden_states).unflatten(-1, (-1, config.num_slots))  # [B, T, H, M]
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         slots, written = self.schedule(hidden_states, positions, slots, layer and layer.written)
+        tokens, offset, recent, window = Tokens(k, v, logits, slots), positions.offset, None, None
+        if self.kind == HYBRID_ATTENTION:
+            recent = tokens.after(layer and layer.recent, config.hybrid_window)
+            window = window_attention(q, recent.keys, recent.values, positions.ids)
+            tokens, offset = recent.leaving(positions.ids), offset - config.hybrid_window
         options = {
-            "gate": gate_of(slots, config),
+            "gate": gate_of(tokens.slots, config),
             "scale": start.scale,
             "hide_unwritten": start.hide_unwritten,
-            "position_offset": positions.offset,
+            "position_offset": offset,
+            "output_lse": window is not None,
         }
         state = None if layer is None else layer.state
         if state is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
-            o, state = gsa_step(q, k, v, logits, state, **options)
+            o, state, *lse = gsa_step(q, *tokens[:3], state, **options)
         else:
-            o, state = gsa(
-                q, k, v, logits,
+            o, state, *lse = gsa(
+                q, *tokens[:3],
                 initial_state=state, output_final_state=layer is not None, cu_seqlens=positions.cu_seqlens, **options,
             )  # fmt: skip
         if layer is not None:
-            layer.update(*state, num_tokens=q.shape[1], written=written)
+            recent = recent and recent.last(config.hybrid_window)
+            layer.update(*state, num_tokens=q.shape[1], written=written, recent=recent)
+        if window is not None:
+            o = joined(o, *lse, *window)
         o = o.flatten(2)  # [B, T, HQ * D]
         if start.swish:
             o = F.silu(o)
@@ -230,14 +240,14 @@ class T2RPreTrainedModel(PreTrainedModel):
             only: numbers of the layers that change; None for all.
         """
         layers = [m.self_attn for i, m in enumerate(self.base_model.layers) if only is None or i in only]
-        converted = [attention for attention in layers if attention.kind == LINEAR_ATTENTION]
-        for attention in converted:
+        converted = [(attention, attention.kind) for attention in layers if attention.kind in SLOT_ATTENTION]
+        for attention, _ in converted:
             attention.kind = self.config.softmax_type
         try:
             yield
         finally:
-            for attention in converted:
-                attention.kind = LINEAR_ATTENTION
+            for attention, kind in converted:
+                attention.kind = kind
 
 
 class T2RModel(T2RPreTrainedModel):
@@ -321,7 +331,7 @@ class T2RModel(T2RPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=positions.ids,
             )
-            for kind in set(self.layer_kinds) - {LINEAR_ATTENTION}
+            for kind in set(self.layer_kinds) - set(SLOT_ATTENTION)
         }
 
     def _check_cache(self, cache) -> None:

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from t2r.model import LINEAR_ATTENTION, T2RConfig, T2RForCausalLM, new_parameters
+from t2r.model import T2RConfig, T2RForCausalLM, new_parameters
 from t2r.training.config import LoraConfig, OptimConfig, StageConfig
 from t2r.training.lora import fuse_lora
 
@@ -21,7 +21,7 @@ def added_modules(config: T2RConfig) -> list[str]:
 
 def check_converted(model: T2RForCausalLM) -> None:
     """Raise ValueError if a model has no layer to train."""
-    if LINEAR_ATTENTION not in model.config.layer_types:
+    if not model.config.slot_layers:
         raise ValueError("the model has no Gated Slot Attention layer; convert it first: t2r convert MODEL -o OUT")
 
 
@@ -94,17 +94,13 @@ def select_trained(model: T2RForCausalLM | PeftModel, stage: StageConfig) -> Non
 
     Without adapters around the model, all that `trains: gates` does not exclude trains.
     """
-    added, linear = added_modules(model.config), _converted_layers(model.config)
+    added, converted = added_modules(model.config), model.config.slot_layers
     adapted = isinstance(model, PeftModel)
     for name, parameter in model.named_parameters():
         is_added = any(f".{module}{'.modules_to_save' if adapted else ''}." in name for module in added)
         wanted = is_added or (stage.trains != "gates" and ("lora_" in name or not adapted))
-        aligned = not stage.loss.align or any(f".layers.{i}.self_attn." in f".{name}" for i in linear)
+        aligned = not stage.loss.align or any(f".layers.{i}.self_attn." in f".{name}" for i in converted)
         parameter.requires_grad_(wanted and aligned)
-
-
-def _converted_layers(config: T2RConfig) -> list[int]:
-    return [i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION]
 
 
 def parameter_groups(model: T2RForCausalLM | PeftModel, optim: OptimConfig) -> list[dict]:

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from t2r.model import LINEAR_ATTENTION, T2RForCausalLM
+from t2r.model import T2RForCausalLM
 from t2r.model.modeling_t2r import T2RAttention
 from t2r.training.adapters import adapters_in, base_of, switched
 from t2r.training.objective import delivered
@@ -89,7 +89,7 @@ def alignment_loss(
 def _as_student(attention) -> Iterator[None]:
     """One layer as the student has it, adapters on and with slots, though the teacher may be in charge of it."""
     kind = attention.kind
-    attention.kind = LINEAR_ATTENTION
+    attention.kind = attention.config.layer_types[attention.layer_idx]
     try:
         with switched(adapters_in(attention), on=True):
             yield

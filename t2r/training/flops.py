@@ -45,6 +45,6 @@ def matrix_parameters(network: T2RConfig) -> tuple[int, int, int]:
     hidden, D = network.hidden_size, network.head_dim
     attention = 2 * hidden * (network.num_attention_heads + network.num_key_value_heads) * D
     gates = hidden * network.num_key_value_heads * network.num_slots
-    layers = network.layer_types
-    mlp = len(layers) * 3 * hidden * network.intermediate_size
-    return len(layers) * attention + layers.count("linear_attention") * gates, mlp, hidden * network.vocab_size
+    layers = network.num_hidden_layers
+    mlp = layers * 3 * hidden * network.intermediate_size
+    return layers * attention + len(network.slot_layers) * gates, mlp, hidden * network.vocab_size

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 
-from t2r.model import LINEAR_ATTENTION, T2RForCausalLM
+from t2r.model import SLOT_ATTENTION, T2RForCausalLM
 from t2r.model.starts import gate_of
 from t2r.training.adapters import base_of
 from t2r_kernels import log_gate
@@ -25,7 +25,7 @@ def watched_gates(model: T2RForCausalLM | PeftModel) -> Iterator[list[torch.Tens
 
     @torch.no_grad()
     def look(attention, arguments, keywords, _):
-        if attention.kind != LINEAR_ATTENTION:  # the teacher passes by in the student's own layers
+        if attention.kind not in SLOT_ATTENTION:  # the teacher passes by in the student's own layers
             return
         logits = attention.f_proj(arguments[0]).unflatten(-1, (-1, attention.config.num_slots))
         slots, _ = attention.schedule(arguments[0], keywords["positions"], keywords["slots"])
@@ -33,7 +33,7 @@ def watched_gates(model: T2RForCausalLM | PeftModel) -> Iterator[list[torch.Tens
         saturated = (alpha < SATURATED) | (alpha > 1 - SATURATED)
         figures.append(torch.stack([alpha.mean(), saturated.float().mean(), (1 - alpha).sum(-1).mean()]))
 
-    layers = [layer.self_attn for layer in base_of(model).model.layers if layer.self_attn.kind == LINEAR_ATTENTION]
+    layers = [layer.self_attn for layer in base_of(model).model.layers if layer.self_attn.kind in SLOT_ATTENTION]
     hooks = [layer.register_forward_hook(look, with_kwargs=True) for layer in layers]
     try:
         yield figures

@@ -10,7 +10,7 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from t2r.evaluation.loading import UNLOADABLE, locate
-from t2r.model import LINEAR_ATTENTION, T2RConfig, T2RForCausalLM
+from t2r.model import HYBRID_ATTENTION, SLOT_ATTENTION, T2RConfig, T2RForCausalLM
 from t2r.training.adapters import add_adapters, added_modules, select_trained
 from t2r.training.config import StageConfig, TrainConfig
 from t2r.training.documents import is_local, sources_of
@@ -214,8 +214,11 @@ def saved_bytes(network: T2RConfig, kind: str, half: int, liger: bool = False) -
     keys = network.num_key_value_heads * network.head_dim
     norms = 2 * hidden * (half if liger else 4)  # by themselves they compute in fp32
     attention = half * (hidden + 2 * queries + 2 * keys)  # projections' input, q, k, v, and o_proj's input
-    if kind == LINEAR_ATTENTION:
+    if kind in SLOT_ATTENTION:
         attention += half * network.num_key_value_heads * network.num_slots
+    if kind == HYBRID_ATTENTION:  # in fp32: logits and softmax, queries and outputs; keys and values, twice
+        window = 2 * network.hybrid_window  # keys that a block of queries meets
+        attention += 4 * (2 * network.num_attention_heads * window + 2 * queries + 4 * keys)
     mlp = half * (hidden + (3 if liger else 4) * inner)  # input, gate, its SiLU, up, and down_proj's input
     return norms + attention + mlp
 

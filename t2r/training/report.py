@@ -20,6 +20,7 @@ CONVERSION = (
     "start",
     "num_slots",
     "num_sinks",
+    "window",
     "gate_write_logit",
     "gate_keep_logit",
     "layer_types",

@@ -156,6 +156,16 @@ def test_convert_writes_a_model(tmp_path):
     assert "verified on 512 tokens" in again.stderr
 
 
+def test_convert_with_a_window(tmp_path):
+    tiny_llama(tmp_path / "source")
+    command = ("convert", tmp_path / "source", "-o", tmp_path / "out", "--start", "window")
+    assert run(*command, "--window", 5).exit_code == 0
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["layer_types"], config["hybrid_window"]) == (["hybrid_sliding"] * 2, 5)
+    assert "5 tokens" in run("inspect", tmp_path / "out").stdout
+    assert "hybrid_window must be at least 1, got -1" in fails(*command, "--overwrite", "--window", -1)
+
+
 @pytest.mark.parametrize("layers", ["a", "0;1", "0,,1"])
 def test_convert_refuses_layers_that_are_no_numbers(tmp_path, layers):
     assert f"--keep-softmax {layers!r}" in fails("convert", "x", "-o", tmp_path / "out", "--keep-softmax", layers)

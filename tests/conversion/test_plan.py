@@ -33,6 +33,20 @@ def test_totals_and_memory_by_hand(source):
     ]
 
 
+def test_a_window_beside_the_slots(source):
+    plan = plan_conversion(source, num_slots=16, window=6, keep_softmax=[2])
+    assert plan.config.layer_types == ["hybrid_sliding", "hybrid_sliding", "sliding_attention"]
+    without = plan_conversion(source, num_slots=16, keep_softmax=[2])
+    assert plan.totals() == without.totals()
+    token = 2 * 2 * ((2 * 8 + 16) * 2 + 4)  # layers x heads x (keys, values and logits x bf16, and a slot's number)
+    assert plan.memory()[0]["state"] == without.memory()[0]["state"] + 6 * token
+    assert (plan.summary()["window"], plan.summary()["keep_softmax"]) == (6, [2])
+    assert "window" not in without.summary()
+    text = StringIO()
+    Console(file=text, width=120).print(render(plan))
+    assert "16 slots beside a window of 6 tokens" in text.getvalue()
+
+
 def test_plan_is_json_and_names_no_path(source):
     plan = plan_conversion(source, num_slots=8)
     content = json.loads(json.dumps(plan.as_dict()))
@@ -67,6 +81,8 @@ def test_gate_logits_reach_the_configuration(source):
         ({"num_slots": 4, "num_sinks": 4}, "num_sinks"),
         ({"num_slots": 0, "start": "paper"}, "num_slots"),
         ({"start": "mamba"}, "start"),
+        ({"window": 0}, "hybrid_window must be at least 1, got 0"),
+        ({"window": 4, "start": "paper"}, "needs start 'window' or 'routed'"),
         ({"keep_softmax": [0, 3, -1]}, "no layers -1, 3; the model has 0 to 2"),
     ],
 )

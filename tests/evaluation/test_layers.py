@@ -43,7 +43,7 @@ def test_layers_are_chosen_one_after_another(model):
 
 
 def test_kept_layers_are_no_candidates():
-    model = student(layer_types=["linear_attention", "full_attention", "linear_attention"])
+    model = student(layer_types=["linear_attention", "full_attention", "hybrid_sliding"], hybrid_window=5)
     gains, _ = softmax_gains(model, tokens(1, 40), 2)
     assert set(gains) == {0, 2}
     with pytest.raises(ValueError, match="3 layers to choose of 2"):

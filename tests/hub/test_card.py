@@ -44,6 +44,15 @@ def test_card_says_how_to_load_and_what_the_state_takes(folder):
     assert f"{state + cache:,} bytes (softmax attention: {2 * cache:,})" in card.text
 
 
+def test_card_of_a_hybrid(tmp_path):
+    tiny_t2r(tmp_path, layer_types=["hybrid_sliding", "full_attention"], hybrid_window=5)
+    text = build_card(tmp_path, "me/tiny").text
+    assert "softmax attention of 1 of its 2 layers is replaced" in text
+    assert "beside a softmax window of 5 tokens" in text
+    assert "1 Gated Slot Attention beside a softmax window, 1 softmax attention" in text
+    assert "keeps 8 slots of each key/value head and the last 5 tokens" in text
+
+
 def test_what_was_not_recorded_is_not_said(folder):
     write_record(folder, conversion={"source": "llama-tiny"})
     card = build_card(folder)

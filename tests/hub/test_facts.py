@@ -13,12 +13,23 @@ def test_figures_are_those_of_the_model(tmp_path):
     facts = model_facts(tmp_path)
     assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert facts.weight_bytes == 4 * facts.parameters
-    assert facts.state_bytes == 4 * model.config.state_elements()
+    assert facts.state_bytes == 4 * model.config.state_elements() == model.config.state_bytes(2)
     assert facts.memory_bytes == {2048: facts.state_bytes, 32768: facts.state_bytes}
-    assert (facts.start, facts.slots, facts.sinks) == ("window", 8, 2)
+    assert (facts.start, facts.slots, facts.sinks, facts.window) == ("window", 8, 2, None)
     assert facts.layers == {"linear_attention": 2}
     assert facts.record == {"conversion": {"source": "x"}}
     json.dumps(facts.as_dict())
+
+
+def test_a_window_beside_the_slots_counts(tmp_path):
+    model = tiny_t2r(tmp_path, hybrid_window=5, layer_types=["hybrid_sliding", "linear_attention"])
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    facts = model_facts(tmp_path)
+    slots = 2 * 2 * 8 * 2 * 8 * 4  # layers x heads x slots x keys and values x width x fp32
+    token = 2 * ((2 * 8 + 8) * 2 + 4)  # heads x (keys, values and logits x bf16, and a number)
+    assert (facts.window, facts.state_bytes) == (5, slots + 5 * token)
+    assert facts.memory_bytes[32768] == facts.state_bytes
+    assert facts.layers == {"hybrid_sliding": 1, "linear_attention": 1}
 
 
 def test_softmax_models_have_a_cache_and_no_slots(tmp_path):

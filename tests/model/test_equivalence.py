@@ -22,13 +22,18 @@ def no_grad():
         yield
 
 
-@pytest.fixture(params=[*LAYERS, "paper start", "routed start"])
+OPTIONS = {kind: {"layer_types": types} for kind, types in LAYERS.items()} | {
+    "paper start": {"start": "paper"},
+    "routed start": {"start": "routed", "rings": [3, 6, 5]},
+    "hybrid": {"hybrid_window": 7},
+    "hybrid, one token": {"hybrid_window": 1, "layer_types": ["hybrid_sliding", "full_attention", "linear_attention"]},
+    "hybrid, routed start": {"hybrid_window": 5, "start": "routed", "rings": [3, 6, 5]},
+}
+
+
+@pytest.fixture(params=OPTIONS)
 def model(request):
-    if request.param == "paper start":
-        return shake(student(start="paper"))
-    if request.param == "routed start":
-        return shake(student(start="routed", rings=[3, 6, 5]))
-    return shake(student(layer_types=LAYERS[request.param]))
+    return shake(student(**OPTIONS[request.param]))
 
 
 def close(a, b, tolerance=2e-4):
@@ -57,6 +62,22 @@ def test_exact_window_start_is_masked_softmax_beyond(num_sinks):
     assert (expected - source(x).logits).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("start", ["window", "routed"])
+def test_exact_hybrid_is_the_teacher_up_to_slots_and_window(start):
+    source, x = teacher(), tokens(2, 40)
+    model = student(source, exact=True, start=start, hybrid_window=5)
+    close(model(x[:, :21]).logits, source(x[:, :21]).logits, 1e-4)
+    assert (model(x).logits - source(x).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("window", "num_sinks"), [(1, 2), (5, 0), (5, 15), (16, 2), (70, 2)])
+def test_exact_hybrid_is_masked_softmax_beyond(window, num_sinks):
+    """Over the sinks and the last tokens, as many as ring and window hold together."""
+    source, x = teacher(), tokens(2, 60)
+    expected = masked_teacher(source, x, 16 + window, num_sinks)
+    close(student(source, exact=True, num_sinks=num_sinks, hybrid_window=window)(x).logits, expected, 1e-4)
+
+
 @pytest.mark.parametrize("rings", [[5, 9], [3, 6, 5]])
 def test_exact_routed_start_is_the_teacher_up_to_num_slots(rings):
     source, x = teacher(), tokens(2, 40)
@@ -80,14 +101,15 @@ def test_default_gates_start_near_the_exact_ones():
     close(student()(x).logits.softmax(-1), student(exact=True)(x).logits.softmax(-1), 0.05)
 
 
-@pytest.mark.parametrize("layers", LAYERS)
-def test_softmax_attention_brings_the_teacher_back(layers):
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_softmax_attention_brings_the_teacher_back(options):
     source, x = teacher(), tokens(2, 40)
-    model = shake(student(source, layer_types=LAYERS[layers]))
-    before = model(x).logits
+    model = shake(student(source, **options))
+    before, kinds = model(x).logits, model.model.layer_kinds
     with model.softmax_attention():
         assert torch.equal(model(x).logits, source(x).logits)
     assert torch.equal(model(x).logits, before)
+    assert model.model.layer_kinds == kinds
 
 
 def test_softmax_attention_ends_with_an_error_too():
@@ -126,10 +148,13 @@ def test_cached_in_pieces_is_whole(model, lengths):
     assert cache.get_seq_length() == 40
 
 
-def test_state_does_not_grow():
-    model = student()
-    sizes = {cache_bytes(in_pieces(model, tokens(1, n), [n])[1]) for n in (1, 5, 100)}
-    assert sizes == {4 * model.config.state_elements()}
+@pytest.mark.parametrize("options", [{}, {"hybrid_window": 7}])
+def test_state_does_not_grow(options):
+    model = student(**options)
+    caches = [in_pieces(model, tokens(1, sum(pieces)), pieces)[1] for pieces in ([1], [5, 1], [100], [90, 9, 1])]
+    assert {cache_bytes(cache) for cache in caches} == {model.config.state_bytes(4)}
+    for held in (x for cache in caches for layer in cache.layers for x in layer.recent or ()):
+        assert held.untyped_storage().nbytes() == held.nbytes  # no view of more
 
 
 def test_left_padding_is_none(model):
@@ -137,6 +162,19 @@ def test_left_padding_is_none(model):
     padded = torch.cat([torch.zeros(2, 9, dtype=torch.long), x], 1)
     mask = (torch.arange(39) >= 9).long().expand(2, -1)
     close(model(padded, attention_mask=mask).logits[:, 9:], model(x).logits)
+
+
+@pytest.mark.parametrize("lengths", [[4, 35], [12, 10, 17], [9] + [1] * 30])
+def test_left_padding_in_pieces_is_none(model, lengths):
+    x = tokens(2, 30)
+    padded = torch.cat([torch.zeros(2, 9, dtype=torch.long), x], 1)
+    mask, cache, logits, end = (torch.arange(39) >= 9).long().expand(2, -1), None, [], 0
+    for length in lengths:
+        start, end = end, end + length
+        out = model(padded[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    close(torch.cat(logits, 1)[:, 9:], model(x).logits)
 
 
 def test_right_padding_is_none(model):

@@ -6,14 +6,18 @@ import torch
 from t2r.model import T2RCache
 from tests.model.tiny import shake, student, tokens
 
-LAYERS = {"all slots": None, "mixed": ["full_attention", "linear_attention", "linear_attention"]}
+MODELS = {
+    "all slots": {},
+    "mixed": {"layer_types": ["full_attention", "linear_attention", "linear_attention"]},
+    "routed": {"start": "routed", "rings": [5, 9]},
+    "hybrid": {"hybrid_window": 6},
+    "hybrid, routed": {"hybrid_window": 6, "start": "routed", "rings": [5, 9]},
+}
 
 
-@pytest.fixture(params=[*LAYERS, "routed"])
+@pytest.fixture(params=MODELS)
 def model(request):
-    if request.param == "routed":
-        return shake(student(start="routed", rings=[5, 9]))
-    return shake(student(layer_types=LAYERS[request.param]))
+    return shake(student(**MODELS[request.param]))
 
 
 def by_hand(model, x, count):
@@ -80,6 +84,14 @@ def test_a_cache_can_be_continued(model):
     more = torch.cat([first, tokens(1, 5, seed=9)], 1)
     second = model.generate(more, attention_mask=torch.ones_like(more), **options)
     assert torch.equal(second, by_hand(model, more, 8))
+
+
+def test_a_reset_cache_is_a_new_one(model):
+    x, cache = tokens(1, 12), T2RCache(model.config)
+    options = {"max_new_tokens": 20, "do_sample": False, "past_key_values": cache, **OPTIONS}
+    model.generate(tokens(1, 30, seed=1), attention_mask=torch.ones(1, 30, dtype=torch.long), **options)
+    cache.reset()
+    assert torch.equal(model.generate(x, attention_mask=torch.ones_like(x), **options), by_hand(model, x, 20))
 
 
 def test_other_cache_kinds_are_refused(model):

@@ -13,9 +13,9 @@ from t2r_kernels import log_gate
 from tests.model.tiny import SHAPE, shake, student, tokens
 
 
-@pytest.mark.parametrize("start", STARTS)
-def test_save_and_load(start, tmp_path):
-    model, x = shake(student(start=start)), tokens(2, 30)
+@pytest.mark.parametrize("options", [*({"start": start} for start in STARTS), {"hybrid_window": 5}])
+def test_save_and_load(options, tmp_path):
+    model, x = shake(student(**options)), tokens(2, 30)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is T2RForCausalLM
@@ -61,9 +61,11 @@ def test_missing_gates_are_initialised_on_loading(tmp_path):
     assert weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-@pytest.mark.parametrize("layers", [None, ["linear_attention", "full_attention", "linear_attention"]])
-def test_gradient_checkpointing_changes_nothing(layers):
-    model, x = student(layer_types=layers).train(), tokens(2, 20)
+@pytest.mark.parametrize(
+    "options", [{}, {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}, {"hybrid_window": 4}]
+)
+def test_gradient_checkpointing_changes_nothing(options):
+    model, x = student(**options).train(), tokens(2, 20)
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -121,6 +123,9 @@ def test_gates_at_the_start_write_one_slot_and_keep_the_rest():
         ({"layer_types": ["linear_attention"] * 2}, "names 2 layers"),
         ({"layer_types": ["conv"] * 3}, "conv not supported"),
         ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is not set"),
+        ({"layer_types": ["hybrid_sliding"] * 3}, "hybrid_window is not set"),
+        ({"hybrid_window": 0}, "hybrid_window must be at least 1"),
+        ({"hybrid_window": 4, "start": "paper"}, "needs start 'window' or 'routed'"),
     ],
 )
 def test_bad_configurations_are_named(change, message):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from t2r.model import SLOT_ATTENTION
 from t2r.training.adapters import add_adapters, select_trained
 from t2r.training.align import alignment_loss
 from t2r.training.config import LoraConfig, LossConfig, StageConfig
@@ -28,7 +29,7 @@ def model_to_align(trains="lora", **overrides):
 def directly(model, x, counted):
     """The same from the layers' recorded inputs and outputs, by plain autograd, one layer after another."""
     base, seen = model.get_base_model(), {}
-    layers = [layer.self_attn for layer in base.model.layers if layer.self_attn.kind == "linear_attention"]
+    layers = [layer.self_attn for layer in base.model.layers if layer.self_attn.kind in SLOT_ATTENTION]
     hooks = [
         layer.register_forward_hook(lambda m, a, k, o: seen.__setitem__(m, (a, k, o)), with_kwargs=True)
         for layer in layers
@@ -45,9 +46,13 @@ def directly(model, x, counted):
     return torch.stack(sums)
 
 
-@pytest.mark.parametrize("kinds", [["linear_attention"] * 3, ["linear_attention", "full_attention"] * 2])
-def test_it_is_the_relative_error_of_each_layer(kinds):
-    model, x = model_to_align(layer_types=kinds[:3]), tokens(2, 40)
+MIXED = ["linear_attention", "full_attention", "linear_attention"]
+HYBRID = ["linear_attention", "full_attention", "hybrid_sliding"]
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_types": MIXED}, {"layer_types": HYBRID, "hybrid_window": 5}])
+def test_it_is_the_relative_error_of_each_layer(options):
+    model, x = model_to_align(**options), tokens(2, 40)
     counted = torch.rand(2, 40) > 0.3
     trained = [p for p in model.parameters() if p.requires_grad]
     expected = directly(model, x, counted)

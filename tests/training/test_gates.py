@@ -32,8 +32,10 @@ def test_a_window_keeps_for_as_long_as_it_is_wide():
     assert soft["memory"] < slots
 
 
-def test_adapters_and_kept_layers_do_not_matter():
-    model = student(tiny_teacher(), layer_types=["linear_attention", "full_attention", "linear_attention"])
+@pytest.mark.parametrize("last", ["linear_attention", "hybrid_sliding"])
+def test_adapters_and_kept_layers_do_not_matter(last):
+    kinds = ["linear_attention", "full_attention", last]
+    model = student(tiny_teacher(), layer_types=kinds, hybrid_window=5)
     shake(model)
     plain = figures(model)
     assert len(plain["memory_by_layer"]) == 2

@@ -54,23 +54,35 @@ def saved_for_backward(model, x):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("kind", ["linear_attention", "full_attention"])
-def test_what_a_layer_keeps_for_the_backward_pass(kind):
+def kept_by_a_layer(kind):
+    """Bytes a token that a layer keeps, measured; and the model's configuration."""
     sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
 
     def kept(layers):
         kinds = ["linear_attention", *[kind] * (layers - 1)]
-        network = T2RConfig(**sizes, head_dim=32, vocab_size=64, num_hidden_layers=layers, layer_types=kinds)
+        options = {"num_hidden_layers": layers, "layer_types": kinds, "hybrid_window": 32}
+        network = T2RConfig(**sizes, **options, head_dim=32, vocab_size=64)
         model = add_adapters(T2RForCausalLM(network), LoraConfig(r=2))
         select_trained(model, StageConfig())
         return saved_for_backward(model, torch.zeros(1, 256, dtype=torch.long)), network
 
     (few, _), (many, network) = kept(2), kept(4)
-    measured = (many - few) / 2 / 256  # a layer and token
+    return (many - few) / 2 / 256, network
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "full_attention"])
+def test_what_a_layer_keeps_for_the_backward_pass(kind):
+    measured, network = kept_by_a_layer(kind)
     if kind == "linear_attention":
         assert measured > 0.8 * saved_bytes(network, kind, 4)  # the chunked operator on the CPU keeps more of its own
     else:
         assert saved_bytes(network, kind, 4) == pytest.approx(measured, rel=0.2)
+
+
+def test_what_a_window_keeps_beside_the_slots():
+    (with_window, network), (without, _) = map(kept_by_a_layer, ("hybrid_sliding", "linear_attention"))
+    expected = saved_bytes(network, "hybrid_sliding", 4) - saved_bytes(network, "linear_attention", 4)
+    assert expected == pytest.approx(with_window - without, rel=0.2)
 
 
 def test_command(config, tmp_path):
