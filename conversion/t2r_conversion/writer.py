@@ -154,7 +154,7 @@ def _write_weights(
     for shard in shards:
         kept = [tensor for tensor in plan.having("copied") if tensor.shard == shard]
         if shard in spoilt:
-            copy_tensors(plan.source.folder / shard, folder / targets[shard], {t.name for t in kept})
+            copy_tensors(plan.source.folder / shard, folder / targets[shard], {t.name: [t.name] for t in kept})
             came["written"] += 1
         elif plan.source.temporary:
             shutil.move(plan.source.folder / shard, folder / targets[shard])

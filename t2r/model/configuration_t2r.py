@@ -38,6 +38,7 @@ class T2RConfig(PreTrainedConfig):
         gate_write_logit: these too: the scheduled slot's gate is `sigmoid(-gate_write_logit)` at the start.
         gate_keep_logit: these too: the other slots' gates are `sigmoid(gate_keep_logit)` at the start.
         gate_logit_normalizer: paper start: the temperature τ of the gates, `sigmoid(x) ** (1 / τ)`.
+        output_norm_eps: paper start: epsilon of the norm before the output projection; None for `rms_norm_eps`.
 
     The remaining arguments are those of `transformers.LlamaConfig`.
 
@@ -80,6 +81,7 @@ class T2RConfig(PreTrainedConfig):
     gate_write_logit: float = 7.0
     gate_keep_logit: float = 12.0
     gate_logit_normalizer: float = 8.0
+    output_norm_eps: float | None = None
 
     def __post_init__(self, **kwargs):
         for name in SIZES:

@@ -91,7 +91,8 @@ class T2RAttention(nn.Module):
             if self.start.routed:
                 self.router = Router(config)
             if self.start.output_norm:
-                self.g_norm = LlamaRMSNorm(HQ * D, eps=config.rms_norm_eps)
+                eps = config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps
+                self.g_norm = LlamaRMSNorm(HQ * D, eps=eps)
 
     def forward(
         self,
