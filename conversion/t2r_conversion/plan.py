@@ -17,6 +17,7 @@ from t2r_conversion.source import Source
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CACHE_LENGTHS = (2048, 32768)
+DEFAULT_SLOTS = 64
 STATE_BYTES = torch.float32.itemsize
 
 
@@ -76,7 +77,8 @@ class Plan:
     def memory(self) -> list[dict[str, int]]:
         """Bytes that one sequence holds after so many tokens: the converted model's, and the source's KV cache.
 
-        The recurrent state is fp32; key/value caches are in the source's dtype.
+        The recurrent state is fp32; key/value caches are in the source's dtype. A recurrent source holds what the
+        converted model holds.
         """
         state = self.config.state_elements() * STATE_BYTES
         source = _all_softmax(self.config)
@@ -84,6 +86,7 @@ class Plan:
         for tokens in CACHE_LENGTHS:
             kept = self.config.kv_cache_elements(tokens) * self.dtype.itemsize
             cache = source.kv_cache_elements(tokens) * self.dtype.itemsize
+            cache = state + kept if self.source.family.recurrent else cache
             rows.append({"tokens": tokens, "state": state, "kept_cache": kept, "source_cache": cache})
         return rows
 
@@ -123,8 +126,8 @@ class Plan:
 def plan_conversion(
     source: Source,
     *,
-    start: str = "routed",
-    num_slots: int = 64,
+    start: str | None = None,
+    num_slots: int | None = None,
     num_sinks: int = 4,
     keep_softmax: Iterable[int] = (),
     gate_write: float = T2RConfig.gate_write_logit,
@@ -135,8 +138,8 @@ def plan_conversion(
 
     Args:
         source: from `read_source` or `open_source`.
-        start: "window", "routed" or "paper".
-        num_slots: slots of each key/value head.
+        start: "window", "routed" or "paper"; None for "routed", or what a recurrent source is.
+        num_slots: slots of each key/value head; None for 64, or what a recurrent source has.
         num_sinks: window and routed start: slots that keep the first tokens.
         keep_softmax: numbers of the layers that stay softmax attention.
         gate_write: window and routed start: `T2RConfig.gate_write_logit`.
@@ -145,25 +148,40 @@ def plan_conversion(
             fitted.
 
     Raises:
-        ValueError: an argument is out of range, or tensors are missing, unexpected, or of a wrong shape or dtype
-            (all of them are named).
+        ValueError: an argument is out of range, or not what a recurrent source is; or tensors are missing, unexpected,
+            or of a wrong shape or dtype (all of them are named).
     """
-    _warn_without_effect(start, num_sinks=num_sinks, gate_write_logit=gate_write, gate_keep_logit=gate_keep)
     values = source.family.config_values(source.config)
-    options = {"start": start, "num_slots": num_slots, "num_sinks": num_sinks, "rings": rings}
-    options |= {"gate_write_logit": gate_write, "gate_keep_logit": gate_keep}
+    keep_softmax = tuple(keep_softmax)
+    if source.family.recurrent:
+        _check_unchanged(source.name, values, start=start, num_slots=num_slots, keep_softmax=keep_softmax or None)
+    options = {"start": "routed", "num_slots": DEFAULT_SLOTS}
+    options |= {name: x for name, x in {"start": start, "num_slots": num_slots}.items() if x is not None} | values
+    _warn_without_effect(options["start"], num_sinks=num_sinks, gate_write_logit=gate_write, gate_keep_logit=gate_keep)
+    options |= {"num_sinks": num_sinks, "rings": rings, "gate_write_logit": gate_write, "gate_keep_logit": gate_keep}
     try:
-        config = T2RConfig(**values, **options)
+        config = T2RConfig(**options)
     except Exception as error:  # whatever transformers makes of fields that make no sense
         raise ValueError(one_line(error)) from error
-    config.layer_types = _layer_types(config, keep_softmax)
-    _check_tensors(source, config)
+    if not source.family.recurrent:
+        config.layer_types = _layer_types(config, keep_softmax)
+    check_tensors(source, config)
     kept = _source_tensors(source, config)
     dtype = _main_dtype(kept)
     config.architectures = ["T2RForCausalLM"]
     config.dtype = DTYPES[dtype]
-    choose = start == "routed" and rings is None
-    return Plan(source, config, DTYPES[dtype], (*kept, *_new_tensors(config, dtype)), choose)
+    choose = config.start == "routed" and rings is None
+    new = () if source.family.recurrent else _new_tensors(config, dtype)
+    return Plan(source, config, DTYPES[dtype], (*kept, *new), choose)
+
+
+def _check_unchanged(source: str, values: dict[str, Any], **wanted: Any) -> None:
+    other = [name for name, value in wanted.items() if value not in (None, values.get(name))]
+    if other:
+        raise ValueError(
+            f"{source}: has Gated Slot Attention already, of start {values['start']!r} with {values['num_slots']} "
+            f"slots; leave out {', '.join(other)}"
+        )
 
 
 def _warn_without_effect(start: str, **settings: float) -> None:
@@ -186,7 +204,8 @@ def _all_softmax(config: T2RConfig) -> T2RConfig:
     return twin
 
 
-def _check_tensors(source: Source, config: T2RConfig) -> None:
+def check_tensors(source: Source, config: T2RConfig) -> None:
+    """Raise ValueError if a source's tensors are not those that its family and configuration expect."""
     expected, found = source.family.expected_tensors(config), source.tensors
     shared = [name for name in expected if name in found]
     problems = {

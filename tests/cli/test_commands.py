@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from t2r.cli.main import app
 from t2r.evaluation import evaluate_perplexity
+from tests.conversion import gsa
 from tests.tiny import WORDS, tiny_llama, tiny_t2r, tiny_text, tiny_tokenizer, write_record
 
 runner = CliRunner()
@@ -154,6 +155,23 @@ def test_convert_writes_a_model(tmp_path):
     assert again.exit_code == 0, again.output
     assert "shards: 1 linked, 1 written" in again.stderr
     assert "verified on 512 tokens" in again.stderr
+
+
+def test_models_of_flash_linear_attention_in_and_out(tmp_path):
+    source = gsa.write(tmp_path / "source", gsa.CONFIG, gsa.weights(gsa.CONFIG))
+    result = run("convert", source, "-o", tmp_path / "out", "--from", "fla")
+    assert result.exit_code == 0, result.output
+    assert "Gated Slot Attention, paper start, 6 slots" in result.stdout
+    assert "KV cache" not in result.stdout
+    assert "--verify compares softmax attention" in fails("convert", source, "-o", tmp_path / "x", "--verify")
+    result = run("export", tmp_path / "out", "-o", tmp_path / "back", "--to", "fla")
+    assert result.exit_code == 0, result.output
+    assert f"written to {tmp_path / 'back'}" in result.stderr
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "gsa"
+    assert "exists already" in fails("export", tmp_path / "out", "-o", tmp_path / "back", "--to", "fla")
+    assert "--to 'x' is unknown; use fla" in fails("export", tmp_path / "out", "-o", tmp_path / "b", "--to", "x")
+    tiny_llama(tmp_path / "llama")
+    assert "a llama model" in fails("convert", tmp_path / "llama", "-o", tmp_path / "x", "--from", "fla")
 
 
 @pytest.mark.parametrize("layers", ["a", "0;1", "0,,1"])
