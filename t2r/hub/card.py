@@ -106,9 +106,11 @@ def _summary(facts: ModelFacts, repo: str) -> str:
 def _layers(facts: ModelFacts) -> str:
     total = sum(facts.layers.values())
     linear = facts.layers.get("linear_attention", 0)
-    if linear == total:
-        return f"the softmax attention of all {total} layers is replaced by {PAPER}, whose memory does not grow"
-    return f"the softmax attention of {linear} of its {total} layers is replaced by {PAPER}"
+    which = f"all {total} layers" if linear == total else f"{linear} of its {total} layers"
+    memory = ", whose memory does not grow" if linear == total else ""
+    if facts.record.get("conversion", {}).get("family") == "gsa":
+        return f"as there, {which} are {PAPER}{memory}"
+    return f"the softmax attention of {which} is replaced by {PAPER}{memory}"
 
 
 def _usage(repo: str) -> str:

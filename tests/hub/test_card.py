@@ -44,6 +44,13 @@ def test_card_says_how_to_load_and_what_the_state_takes(folder):
     assert f"{state + cache:,} bytes (softmax attention: {2 * cache:,})" in card.text
 
 
+def test_a_recurrent_source_had_no_softmax_attention_to_replace(folder):
+    write_record(folder, conversion=CONVERSION | {"family": "gsa"})
+    text = build_card(folder, "me/tiny").text
+    assert "as there, 1 of its 2 layers are [Gated Slot Attention]" in text
+    assert "is replaced" not in text
+
+
 def test_what_was_not_recorded_is_not_said(folder):
     write_record(folder, conversion={"source": "llama-tiny"})
     card = build_card(folder)
