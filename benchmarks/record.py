@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate")
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "flash-linear-attention")
 
 
 def write_results(name: str, rows: list[dict], out: Path) -> Path:
