@@ -1,12 +1,16 @@
 """flash-linear-attention's checkpoints in and out: the same logits, the same bytes, and no silent difference."""
 
 import json
+import shutil
+from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from t2r.model import T2RConfig, T2RForCausalLM
 from t2r_conversion import convert, export_fla, open_source, plan_conversion, read_source
+from t2r_conversion.headers import read_headers
 
 from . import gsa, tiny
 from .test_pickles import pickled
@@ -146,6 +150,35 @@ def test_pickled_weights(tmp_path):
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], x) for name, x in expected.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out", "source"]
+
+
+def test_from_the_hub(tmp_path, monkeypatch):
+    folder, _, _ = source(tmp_path, shards=2)
+    cache = tmp_path / "cache"
+
+    def download(name, allow_patterns):
+        shutil.copytree(folder, cache, dirs_exist_ok=True, ignore=lambda _, files: unwanted(files, allow_patterns))
+        return str(cache)
+
+    def unwanted(files, patterns):
+        return [file for file in files if not any(fnmatch(file, pattern) for pattern in patterns)]
+
+    def metadata(name):
+        shards = {}
+        for tensor, header in read_headers(folder).items():
+            shards.setdefault(header.shard, SimpleNamespace(tensors={})).tensors[tensor] = header
+        return SimpleNamespace(files_metadata=shards)
+
+    monkeypatch.setattr("t2r_conversion.source.snapshot_download", download)
+    monkeypatch.setattr("t2r_conversion.source.get_safetensors_metadata", metadata)
+    plan = convert("fla-hub/gsa", tmp_path / "hub", dry_run=True)
+    assert plan.source.kind == "hub"
+    assert not list(cache.glob("*.safetensors"))
+    convert("fla-hub/gsa", tmp_path / "hub")
+    convert(folder, tmp_path / "out")
+    assert tiny.hashes(tmp_path / "hub") == tiny.hashes(tmp_path / "out")
+    assert {t.name for t in plan.having("copied")} == set(tiny.load_all(tmp_path / "hub"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_nothing_is_left_of_an_opened_source(tmp_path):
