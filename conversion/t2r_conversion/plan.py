@@ -55,7 +55,6 @@ class Plan:
     config: T2RConfig
     dtype: torch.dtype
     tensors: tuple[PlannedTensor, ...]
-    choose_rings: bool = False  # when routers are fitted, layer by layer; until then the configuration's are a default
 
     def having(self, *actions: str) -> list[PlannedTensor]:
         """The tensors with one of these actions."""
@@ -98,7 +97,6 @@ class Plan:
             "start": config.start,
             "num_slots": config.num_slots,
             "num_sinks": config.num_sinks,
-            **self._rings(),
             "gate_write_logit": config.gate_write_logit,
             "gate_keep_logit": config.gate_keep_logit,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -107,13 +105,6 @@ class Plan:
             "totals": self.totals(),
             "memory": self.memory(),
         }
-
-    def _rings(self) -> dict[str, Any]:
-        rings = self.config.rings
-        if rings is None:
-            return {}
-        chosen = isinstance(rings[0], list)
-        return {"rings": rings if chosen or not self.choose_rings else "chosen for each layer when routers are fitted"}
 
     def as_dict(self) -> dict[str, Any]:
         """The whole plan, ready for JSON."""
@@ -129,7 +120,6 @@ def plan_conversion(
     keep_softmax: Iterable[int] = (),
     gate_write: float = T2RConfig.gate_write_logit,
     gate_keep: float = T2RConfig.gate_keep_logit,
-    rings: list[int] | None = None,
 ) -> Plan:
     """Plan the conversion of a model.
 
@@ -141,8 +131,6 @@ def plan_conversion(
         keep_softmax: numbers of the layers that stay softmax attention.
         gate_write: window and routed start: `T2RConfig.gate_write_logit`.
         gate_keep: window and routed start: `T2RConfig.gate_keep_logit`.
-        rings: routed start: sizes of its rings; None for two, whose sizes are chosen for each layer when routers are
-            fitted.
 
     Raises:
         ValueError: an argument is out of range, or tensors are missing, unexpected, or of a wrong shape or dtype
@@ -150,7 +138,7 @@ def plan_conversion(
     """
     _warn_without_effect(start, num_sinks=num_sinks, gate_write_logit=gate_write, gate_keep_logit=gate_keep)
     values = source.family.config_values(source.config)
-    options = {"start": start, "num_slots": num_slots, "num_sinks": num_sinks, "rings": rings}
+    options = {"start": start, "num_slots": num_slots, "num_sinks": num_sinks}
     options |= {"gate_write_logit": gate_write, "gate_keep_logit": gate_keep}
     try:
         config = T2RConfig(**values, **options)
@@ -162,8 +150,7 @@ def plan_conversion(
     dtype = _main_dtype(kept)
     config.architectures = ["T2RForCausalLM"]
     config.dtype = DTYPES[dtype]
-    choose = start == "routed" and rings is None
-    return Plan(source, config, DTYPES[dtype], (*kept, *_new_tensors(config, dtype)), choose)
+    return Plan(source, config, DTYPES[dtype], (*kept, *_new_tensors(config, dtype)))
 
 
 def _warn_without_effect(start: str, **settings: float) -> None:
