@@ -72,7 +72,7 @@ class Plan:
             for chosen in [self.having(action)]
         }
 
-    def memory(self) -> list[dict[str, int]]:
+    def memory(self, lengths: Iterable[int] = CACHE_LENGTHS) -> list[dict[str, int]]:
         """Bytes that one sequence holds after so many tokens: the converted model's, and the source's KV cache.
 
         The recurrent state is fp32; key/value caches are in the source's dtype.
@@ -80,7 +80,7 @@ class Plan:
         state = self.config.state_elements() * STATE_BYTES
         source = _all_softmax(self.config)
         rows = []
-        for tokens in CACHE_LENGTHS:
+        for tokens in lengths:
             kept = self.config.kv_cache_elements(tokens) * self.dtype.itemsize
             cache = source.kv_cache_elements(tokens) * self.dtype.itemsize
             rows.append({"tokens": tokens, "state": state, "kept_cache": kept, "source_cache": cache})
