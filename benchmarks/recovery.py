@@ -67,12 +67,12 @@ def nlls(model, tokenizer, text: str, share: float) -> dict[int, torch.Tensor]:
 
 @torch.no_grad()
 def memory(model, windows: torch.Tensor) -> list[list[float]] | None:
-    """How long ago, in tokens, what slots hold at the end of a window came: mean of each routed layer's heads."""
-    ages = []
+    """How long ago, in tokens, what slots but sinks hold at a window's end came: mean of each routed layer's heads."""
+    ages, sinks = [], getattr(model.config, "num_sinks", 0)
     for window in windows.to(model.device):
         cache = model(window[None], use_cache=True, logits_to_keep=1).past_key_values
         held = [layer.held for layer in getattr(cache, "layers", ()) if getattr(layer, "held", None)]
-        ages.append([len(window) - 1 - each.positions[0].float().mean(-1) for each in held])
+        ages.append([len(window) - 1 - each.positions[0, :, sinks:].float().mean(-1) for each in held])
     layers = [torch.stack(of_layer).mean(0).tolist() for of_layer in zip(*ages, strict=True)]
     return [[round(age, 1) for age in heads] for heads in layers] or None
 

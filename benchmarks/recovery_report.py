@@ -1,4 +1,4 @@
-"""Table and pictures of docs/recovery.md, from the recovery benchmark's rows: `python -m benchmarks.recovery_report`."""
+"""Table and pictures of docs/recovery.md, from the rows of its benchmark: `python -m benchmarks.recovery_report`."""
 
 import json
 import statistics
@@ -20,6 +20,7 @@ CURVES = {
     "64 slots, 4 softmax layers": ("softmax4_slots64_4M", "softmax4_slots64"),
     "sliding window of equal state": ("control64_0", "control64_4M", "control64_20M"),
 }
+AGED = ("slots64_0", "slots64_20M", "slots128_20M")
 LAST = ("slots64_0", "slots64_4M", "slots64_20M", "slots128_20M", "softmax4_slots64", "control64_20M")
 
 Runs = dict[str, list[dict]]
@@ -85,13 +86,13 @@ def ratio_by_position(runs: Runs) -> Figure:
 def memory_by_layer(runs: Runs) -> Figure:
     """How old what slots hold is, of each head."""
     figure, axes = _axes("layer", "mean age in slots (tokens)")
-    shown = [name for name in LAST if any(row.get("memory") for row in runs.get(name, ()))]
+    shown = [name for name in AGED if any(row.get("memory") for row in runs.get(name, ()))]
     colours = colormaps["viridis"].resampled(max(2, len(shown)))
     for i, name in enumerate(shown):
         heads = runs[name][0]["memory"]
         points = [(layer + 0.12 * i, age) for layer, ages in enumerate(heads) for age in ages]
         axes.scatter(*zip(*points, strict=True), s=9, color=colours(i), label=name)
-    axes.set_yscale("log")
+    axes.set_ylim(bottom=0)
     if shown:
         axes.legend()
     return figure
