@@ -62,7 +62,7 @@ def write(
         partial.mkdir(parents=True)
         about = _write_weights(plan, partial, progress or (lambda _done, _total: None), calibration, hard_link)
         copy_small_files(plan.source.folder, partial)
-        (partial / "config.json").write_text(plan.config.to_json_string(), encoding="utf-8")
+        plan.config.save_pretrained(partial)  # with the code of the model
         write_record(partial, {"conversion": _record(plan) | about})
 
 

@@ -114,19 +114,15 @@ def _layers(facts: ModelFacts) -> str:
 def _usage(repo: str) -> str:
     return f"""## Use
 
-```
-pip install t2r
-```
-
 ```python
-import t2r  # makes transformers know the model type
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)
 ```
 
-From a shell: `t2r generate {repo} --prompt "Hello"`"""
+This runs the code in this repository, in PyTorch. With `pip install t2r` it is t2r's own, with Triton kernels on a GPU;
+after `import t2r`, `trust_remote_code` is not needed. From a shell: `t2r generate {repo} --prompt "Hello"`"""
 
 
 def _conversion(facts: ModelFacts) -> str:

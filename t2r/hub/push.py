@@ -10,6 +10,7 @@ from huggingface_hub.errors import HTTPError
 
 from t2r.hub.card import CARD, build_card, own_card
 from t2r.hub.facts import read_config
+from t2r.model.export import code_files
 from t2r_conversion.headers import read_headers
 from t2r_conversion.record import RECORD
 from t2r_conversion.source import SMALL_FILES
@@ -22,6 +23,7 @@ MODEL_FILES = (
     "report.md",
     "report.png",
     RECORD,
+    *code_files(),
 )
 TRAINING_STATE = (
     "checkpoint-*",

@@ -1,10 +1,13 @@
 """T2RConfig: the source model's shape, plus how its attention was replaced."""
 
 import math
+from os import PathLike
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .export import AUTO_MAP, write_code
 
 SIZES = (
     "vocab_size",
@@ -93,6 +96,12 @@ class T2RConfig(PreTrainedConfig):
         rope = (self.rope_parameters or {}).get("rope_type", "default")
         if rope not in ("default", *ROPE_INIT_FUNCTIONS):
             raise ValueError(f"rope_type {rope!r} is not one that transformers knows: {', '.join(ROPE_INIT_FUNCTIONS)}")
+
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs) -> None:
+        """As transformers does, and beside it the model's own code, for those who have no t2r (see `export`)."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+        write_code(save_directory)
 
     @property
     def softmax_type(self) -> str:

@@ -33,6 +33,10 @@ from .starts import STARTS, gate_of, slot_schedule
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
+# The first call of these in a process can be imprecise when several threads make it (pytorch/pytorch#188792).
+for function in (torch.cos, torch.sin, torch.exp, torch.expm1, torch.sigmoid):
+    function(torch.ones(1))
+
 
 class GateProjection(nn.Linear):
     """The forget gates' projection: a class of its own so that initialisation knows it.

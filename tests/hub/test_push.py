@@ -6,20 +6,24 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import filter_repo_objects
 
 from t2r.hub import build_card, push
+from t2r.model.export import code_files
 from tests.tiny import tiny_t2r, write_record
 
-MODEL = [
-    "README.md",
-    "additional_chat_templates/tools.jinja",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "report.md",
-    "report.png",
-    "t2r_record.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-]
+MODEL = sorted(
+    [
+        *code_files(),
+        "README.md",
+        "additional_chat_templates/tools.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "report.md",
+        "report.png",
+        "t2r_record.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+)
 
 
 @pytest.fixture
