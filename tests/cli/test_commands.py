@@ -211,18 +211,6 @@ def test_push_dry_run_shows_files_and_card(tmp_path):
     assert "holds training state (optimizer.pt)" in fails("push", tmp_path, "me/tiny", "--dry-run")
 
 
-def test_push_prints_where_it_went(tmp_path, monkeypatch):
-    def push(folder, repo, **options):
-        calls.append((folder, repo, options))
-        return types.SimpleNamespace(url="https://hub/commit")
-
-    calls = []
-    monkeypatch.setattr("t2r.hub.push", push)
-    assert run("push", tmp_path, "me/x", "--private", "--revision", "v1", "-m", "Hi").stdout == "https://hub/commit\n"
-    options = {"private": True, "dry_run": False, "revision": "v1", "commit_message": "Hi"}
-    assert calls == [(tmp_path, "me/x", options)]
-
-
 def test_env():
     facts = json.loads(run("env", "--json").stdout)
     assert facts["packages"]["torch"] == torch.__version__
