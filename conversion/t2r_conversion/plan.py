@@ -145,6 +145,19 @@ def plan_conversion(
     except Exception as error:  # whatever transformers makes of fields that make no sense
         raise ValueError(one_line(error)) from error
     config.layer_types = _layer_types(config, keep_softmax)
+    return plan_for(source, config)
+
+
+def plan_for(source: Source, config: T2RConfig) -> Plan:
+    """Plan the conversion of a model whose configuration afterwards is known. Completes the configuration.
+
+    Args:
+        source: from `read_source` or `open_source`.
+        config: of the converted model.
+
+    Raises:
+        ValueError: the source's tensors do not fit the configuration (all of them are named).
+    """
     _check_tensors(source, config)
     kept = _source_tensors(source, config)
     dtype = _main_dtype(kept)

@@ -19,6 +19,7 @@ REPORTS = ("report.md", "report.png", RECORD)
 MODEL_FILES = (*SMALL_FILES, "config.json", "*.safetensors", "*.safetensors.index.json", *REPORTS)
 TRAINING_STATE = (
     "checkpoint-*",
+    "*/checkpoint-*",
     "global_step*",
     "optimizer*",
     "scheduler.pt",
@@ -37,8 +38,9 @@ def model_contents(folder: Path, repo: str) -> Contents:
     """What of a model folder goes to the Hub: its model's files, the code that loads it, and its card.
 
     Raises:
-        ValueError: the folder holds no model, or what `check_private` finds.
+        ValueError: the folder holds no model, or training state or tokens.
     """
+    _check_folder(folder)
     config = read_config(folder)
     read_headers(folder)
     contents: Contents = {name: folder / name for name in matching(folder, MODEL_FILES)}
@@ -51,13 +53,8 @@ def model_contents(folder: Path, repo: str) -> Contents:
     return contents | {CARD: str(card).encode()}
 
 
-def check_private(folder: Path, contents: Contents) -> None:
-    """Refuse what is nobody else's business.
-
-    Raises:
-        ValueError: the folder holds training state or tokens, or what is to be uploaded names an access token or a
-            path of this machine.
-    """
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError if a model folder holds training state or tokens."""
     state = matching(folder, TRAINING_STATE, files_only=False)
     if state:
         raise ValueError(
@@ -67,6 +64,14 @@ def check_private(folder: Path, contents: Contents) -> None:
     tokens = matching(folder, TOKENS, files_only=False)
     if tokens:
         raise ValueError(f"{folder}: holds tokens ({', '.join(tokens)}), which are not for the Hub; move them away")
+
+
+def check_private(folder: Path, contents: Contents) -> None:
+    """Refuse to upload what is nobody else's business.
+
+    Raises:
+        ValueError: a file names an access token or a path of this machine.
+    """
     for name in sorted(contents.keys() & set(NAMING_PATHS)):
         content = contents[name]
         if name.endswith(".png"):

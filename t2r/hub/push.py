@@ -38,20 +38,24 @@ def push(
     dry_run: bool = False,
     revision: str | None = None,
     commit_message: str | None = None,
+    adapter_only: bool = False,
+    base: str | None = None,
 ) -> Push:
-    """Upload a model folder, with the code that loads it and a model card made from its own record.
+    """Upload a model folder, with the code that loads it and a model card made from its own record; or an adapter.
 
     All goes in one commit; nothing is written to the folder. A `README.md` that someone wrote by hand is uploaded as it
     is. What reached the Hub before an upload failed is not sent again by the next. The Hub token is huggingface_hub's:
     from `hf auth login` or the environment.
 
     Args:
-        folder: a model folder.
+        folder: a model folder, or with `adapter_only` that of a finished `t2r train`.
         repo: the repository on the Hub, "owner/name"; created if it is not there.
         private: create it private. An existing public repository is refused.
         dry_run: do not touch the network.
         revision: branch to commit to, created if it is not there; the default branch when None.
         commit_message: title of the commit.
+        adapter_only: what the run has learnt, which makes the model again of its base: `T2RForCausalLM.from_adapter`.
+        base: of an adapter: name on the Hub of the model that was converted; None for the one that the record names.
 
     Raises:
         ValueError: `repo` is no such name, the folder holds no model or something private (see `check_private`), `repo`
@@ -60,7 +64,14 @@ def push(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ValueError(f"{repo!r} is not the name of a repository on the Hub; give OWNER/NAME")
     folder = Path(folder)
-    contents = model_contents(folder, repo)
+    if adapter_only:
+        from t2r.hub.adapter import adapter_contents  # PEFT takes its time
+
+        contents = adapter_contents(folder, repo, base)
+    elif base is not None:
+        raise ValueError(f"base {base!r} is of an adapter; push one with --adapter-only")
+    else:
+        contents = model_contents(folder, repo)
     check_private(folder, contents)
     files = sorted((name, _size(content)) for name, content in contents.items())
     card = ModelCard(contents[CARD].decode())

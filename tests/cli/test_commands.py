@@ -185,7 +185,7 @@ def test_train_passes_its_arguments_on(training):
 def test_merge_passes_its_arguments_on(training):
     result = run("merge", "runs/x", "-o", "out", "--overwrite")
     assert result.exit_code == 0
-    assert training == [("merge", ["runs/x", "out"], {"overwrite": True})]
+    assert training == [("merge", ["runs/x", "out"], {"base": None, "overwrite": True})]
     assert "written to out" in result.stderr
 
 

@@ -41,7 +41,7 @@ def t2r(hub, folder, *words, **options):
 def pushed(tmp_path_factory):
     """A model, the folder around its own, and the private repository that `t2r push` has made of it."""
     folder = tmp_path_factory.mktemp("pushed")
-    model = tiny_t2r(folder / "model", start="routed", rings=[2, 4])
+    model = tiny_t2r(folder / "model", start="routed")
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder / "model")
     write_record(folder / "model", conversion={"source": "someone/llama-tiny", "license": "mit"})
