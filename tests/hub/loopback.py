@@ -47,21 +47,13 @@ class Repo:
 
 @dataclass
 class Hub:
-    """What a Hub keeps.
-
-    Attributes:
-        url: where it is.
-        repos: by name.
-        blobs: LFS objects by their SHA-256.
-        requests: methods and paths, in order.
-        failures: method, part of the path, and status of requests that are to fail, each once.
-    """
+    """What a Hub keeps, and what it has been asked."""
 
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
-    blobs: dict[str, bytes] = field(default_factory=dict)
-    requests: list[tuple[str, str]] = field(default_factory=list)
-    failures: list[tuple[str, str, int]] = field(default_factory=list)
+    blobs: dict[str, bytes] = field(default_factory=dict)  # LFS objects by their SHA-256
+    requests: list[tuple[str, str]] = field(default_factory=list)  # methods and paths
+    failures: list[tuple[str, str, int]] = field(default_factory=list)  # method, part of the path, status: each once
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         """What a branch holds."""
@@ -201,8 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, repo: str, revision: str):
         self._may_write()
         last = self._commit(repo, revision)
-        files = dict(last.files)
-        title = ""
+        files, title = dict(last.files), ""
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "header":
@@ -256,4 +247,4 @@ def _oid(data: bytes, lfs: bool) -> str:
 
 
 def _first(each):
-    return next(iter(each), None)
+    return next(each, None)
