@@ -40,7 +40,6 @@ def convert(
     keep_softmax: Iterable[int] = (),
     gate_write: float = T2RConfig.gate_write_logit,
     gate_keep: float = T2RConfig.gate_keep_logit,
-    rings: list[int] | None = None,
     calibrate: str | Path | None = None,
     calibration_tokens: int = 32768,
     hard_link: bool = False,
@@ -55,13 +54,12 @@ def convert(
     Args:
         source: a local Hugging Face folder, a Hub id, or a `.gguf` file.
         out: folder to write.
-        start: see `plan_conversion`, as for the next six.
+        start: see `plan_conversion`, as for the next five.
         num_slots: see `plan_conversion`.
         num_sinks: see `plan_conversion`.
         keep_softmax: see `plan_conversion`.
         gate_write: see `plan_conversion`.
         gate_keep: see `plan_conversion`.
-        rings: see `plan_conversion`.
         calibrate: routed start: a text that the routers are fitted to; None for `REFERENCE` in `calibrate`.
         calibration_tokens: of that text, at most.
         hard_link: share the files of untouched shards with the source instead of copying them; nobody must write to
@@ -85,7 +83,6 @@ def convert(
         "keep_softmax": tuple(keep_softmax),
         "gate_write": gate_write,
         "gate_keep": gate_keep,
-        "rings": rings,
     }
     out = Path(out).absolute()
     headers = read_source(source)

@@ -56,7 +56,6 @@ class Plan:
     config: T2RConfig
     dtype: torch.dtype
     tensors: tuple[PlannedTensor, ...]
-    choose_rings: bool = False  # when routers are fitted, layer by layer; until then the configuration's are a default
 
     def having(self, *actions: str) -> list[PlannedTensor]:
         """The tensors with one of these actions."""
@@ -74,7 +73,7 @@ class Plan:
             for chosen in [self.having(action)]
         }
 
-    def memory(self) -> list[dict[str, int]]:
+    def memory(self, lengths: Iterable[int] = CACHE_LENGTHS) -> list[dict[str, int]]:
         """Bytes that one sequence holds after so many tokens: the converted model's, and the source's KV cache.
 
         The recurrent state is fp32; key/value caches are in the source's dtype. A recurrent source holds what the
@@ -83,7 +82,7 @@ class Plan:
         state = self.config.state_elements() * STATE_BYTES
         source = _all_softmax(self.config)
         rows = []
-        for tokens in CACHE_LENGTHS:
+        for tokens in lengths:
             kept = self.config.kv_cache_elements(tokens) * self.dtype.itemsize
             cache = source.kv_cache_elements(tokens) * self.dtype.itemsize
             cache = state + kept if self.source.family.recurrent else cache
@@ -101,7 +100,6 @@ class Plan:
             "start": config.start,
             "num_slots": config.num_slots,
             "num_sinks": config.num_sinks,
-            **self._rings(),
             "gate_write_logit": config.gate_write_logit,
             "gate_keep_logit": config.gate_keep_logit,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -110,13 +108,6 @@ class Plan:
             "totals": self.totals(),
             "memory": self.memory(),
         }
-
-    def _rings(self) -> dict[str, Any]:
-        rings = self.config.rings
-        if rings is None:
-            return {}
-        chosen = isinstance(rings[0], list)
-        return {"rings": rings if chosen or not self.choose_rings else "chosen for each layer when routers are fitted"}
 
     def as_dict(self) -> dict[str, Any]:
         """The whole plan, ready for JSON."""
@@ -132,7 +123,6 @@ def plan_conversion(
     keep_softmax: Iterable[int] = (),
     gate_write: float = T2RConfig.gate_write_logit,
     gate_keep: float = T2RConfig.gate_keep_logit,
-    rings: list[int] | None = None,
 ) -> Plan:
     """Plan the conversion of a model.
 
@@ -144,8 +134,6 @@ def plan_conversion(
         keep_softmax: numbers of the layers that stay softmax attention.
         gate_write: window and routed start: `T2RConfig.gate_write_logit`.
         gate_keep: window and routed start: `T2RConfig.gate_keep_logit`.
-        rings: routed start: sizes of its rings; None for two, whose sizes are chosen for each layer when routers are
-            fitted.
 
     Raises:
         ValueError: an argument is out of range, or not what a recurrent source is; or tensors are missing, unexpected,
@@ -158,21 +146,33 @@ def plan_conversion(
     options = {"start": "routed", "num_slots": DEFAULT_SLOTS}
     options |= {name: x for name, x in {"start": start, "num_slots": num_slots}.items() if x is not None} | values
     _warn_without_effect(options["start"], num_sinks=num_sinks, gate_write_logit=gate_write, gate_keep_logit=gate_keep)
-    options |= {"num_sinks": num_sinks, "rings": rings, "gate_write_logit": gate_write, "gate_keep_logit": gate_keep}
+    options |= {"num_sinks": num_sinks, "gate_write_logit": gate_write, "gate_keep_logit": gate_keep}
     try:
         config = T2RConfig(**options)
     except Exception as error:  # whatever transformers makes of fields that make no sense
         raise ValueError(one_line(error)) from error
     if not source.family.recurrent:
         config.layer_types = _layer_types(config, keep_softmax)
+    return plan_for(source, config)
+
+
+def plan_for(source: Source, config: T2RConfig) -> Plan:
+    """Plan the conversion of a model whose configuration afterwards is known. Completes the configuration.
+
+    Args:
+        source: from `read_source` or `open_source`.
+        config: of the converted model.
+
+    Raises:
+        ValueError: the source's tensors do not fit the configuration (all of them are named).
+    """
     check_tensors(source, config)
     kept = _source_tensors(source, config)
     dtype = _main_dtype(kept)
     config.architectures = ["T2RForCausalLM"]
     config.dtype = DTYPES[dtype]
-    choose = config.start == "routed" and rings is None
     new = () if source.family.recurrent else _new_tensors(config, dtype)
-    return Plan(source, config, DTYPES[dtype], (*kept, *new), choose)
+    return Plan(source, config, DTYPES[dtype], (*kept, *new))
 
 
 def _check_unchanged(source: str, values: dict[str, Any], **wanted: Any) -> None:

@@ -31,10 +31,6 @@ def convert(
         str | None, typer.Option(metavar="TEXT", help="Routed start: a .txt or .jsonl file that routers are fitted to.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Routed start: of that text, at most.")] = 32768,
-    rings: Annotated[
-        str,
-        typer.Option(metavar="24,36", help="Routed start: sizes of the rings of slots, if not chosen for each layer."),
-    ] = "",
     hard_link: Annotated[
         bool, typer.Option("--hard-link", help="Share unchanged shards with the source; write to neither afterwards.")
     ] = False,
@@ -62,8 +58,7 @@ def convert(
             start=start,
             num_slots=slots,
             num_sinks=sinks,
-            keep_softmax=_numbers(keep_softmax, "--keep-softmax", "layer numbers"),
-            rings=_numbers(rings, "--rings", "sizes") or None,
+            keep_softmax=_numbers(keep_softmax, "--keep-softmax"),
             calibrate=calibrate,
             calibration_tokens=calibration_tokens,
             **{name: value for name, value in gates.items() if value is not None},
@@ -109,8 +104,8 @@ def _verify(source: str, output: Path) -> None:
     )
 
 
-def _numbers(text: str, option: str, what: str) -> list[int]:
+def _numbers(text: str, option: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")] if text.strip() else []
     except ValueError as error:
-        raise ValueError(f"{option} {text!r}: give {what} with commas between them, as 0,8,16") from error
+        raise ValueError(f"{option} {text!r}: give layer numbers with commas between them, as 0,8,16") from error

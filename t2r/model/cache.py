@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from t2r_kernels import Held
+
 from .configuration_t2r import LINEAR_ATTENTION, T2RConfig
 
 
@@ -21,7 +23,7 @@ class SlotCacheLayer(CacheLayerMixin):
     def __init__(self):
         super().__init__()
         self.cumulative_length = 0
-        self.written: Tensor | None = None  # [B, H, rings], see t2r.model.rings
+        self.held: Held | None = None  # what the slots of a routed layer hold
 
     @property
     def state(self) -> tuple[Tensor, Tensor] | None:
@@ -30,9 +32,9 @@ class SlotCacheLayer(CacheLayerMixin):
             self.keys, self.values = self.keys.clone(), self.values.clone()  # to be written again, outside that mode
         return (self.keys, self.values) if self.cumulative_length else None
 
-    def update(self, key_states, value_states, *args, num_tokens: int, written=None, **kwargs):  # noqa: ARG002
+    def update(self, key_states, value_states, *args, num_tokens: int, held=None, **kwargs):  # noqa: ARG002
         """Keep the state that `num_tokens` more tokens have led to."""
-        self.keys, self.values, self.written = key_states, value_states, written
+        self.keys, self.values, self.held = key_states, value_states, held
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
         self.cumulative_length += num_tokens
@@ -71,11 +73,11 @@ class SlotCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.written = None
+        self.held = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         self.keys, self.values = change(self.keys), change(self.values)
-        self.written = None if self.written is None else change(self.written)
+        self.held = None if self.held is None else Held(*map(change, self.held))
 
     def crop(self, tokens_to_remove: int) -> None:
         """A state cannot be rolled back.

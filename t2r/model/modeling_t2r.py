@@ -22,16 +22,20 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from t2r_kernels import gsa, gsa_step
+from t2r_kernels import Held, gsa, gsa_step
 
 from .cache import T2RCache
 from .configuration_t2r import LINEAR_ATTENTION, T2RConfig
 from .packed import attend_by_document, attends_by_document
 from .positions import Positions
-from .rings import Router, ring_schedule
+from .routing import Router, routed_schedule
 from .starts import STARTS, gate_of, slot_schedule
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+# The first call of these in a process can be imprecise when several threads make it (pytorch/pytorch#188792).
+for function in (torch.cos, torch.sin, torch.exp, torch.expm1, torch.sigmoid):
+    function(torch.ones(1))
 
 
 class GateProjection(nn.Linear):
@@ -126,7 +130,7 @@ class T2RAttention(nn.Module):
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         logits = self.f_proj(hidden_states).unflatten(-1, (-1, config.num_slots))  # [B, T, H, M]
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        slots, written = self.schedule(hidden_states, positions, slots, layer and layer.written)
+        slots, held = self.schedule(hidden_states, positions, slots, layer and layer.held)
         options = {
             "gate": gate_of(slots, config),
             "scale": start.scale,
@@ -142,19 +146,18 @@ class T2RAttention(nn.Module):
                 initial_state=state, output_final_state=layer is not None, cu_seqlens=positions.cu_seqlens, **options,
             )  # fmt: skip
         if layer is not None:
-            layer.update(*state, num_tokens=q.shape[1], written=written)
+            layer.update(*state, num_tokens=q.shape[1], held=held)
         o = o.flatten(2)  # [B, T, HQ * D]
         if start.swish:
             o = F.silu(o)
         return self.g_norm(o).to(o.dtype) if start.output_norm else o
 
     def schedule(
-        self, hidden_states: Tensor, positions: Positions, slots: Tensor, written: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The slot that each token takes over, `[B, T, H]`; a routed layer chooses it, and counts (see `rings`)."""
+        self, hidden_states: Tensor, positions: Positions, slots: Tensor, held: Held | None = None
+    ) -> tuple[Tensor, Held | None]:
+        """The slot that each token takes over, `[B, T, H]`; a routed layer chooses it by what slots hold."""
         if self.start.routed:
-            rings = self.config.rings_of(self.layer_idx)
-            return ring_schedule(self.router(hidden_states), positions, self.config, rings, written)
+            return routed_schedule(self.router(hidden_states), positions, self.config, held)
         return slots.unsqueeze(-1).expand(*slots.shape, self.config.num_key_value_heads), None
 
     def _softmax(self, q, k, v, positions, rope, attention_mask, past_key_values, **kwargs) -> Tensor:
@@ -219,7 +222,7 @@ class T2RPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=STARTS[self.config.start].gate_std)
         elif isinstance(module, Router):
             init.zeros_(module.weight)
-            init.zeros_(module.thresholds)
+            init.zeros_(module.bias)
 
     @contextmanager
     def softmax_attention(self, only: Collection[int] | None = None) -> Iterator[None]:

@@ -203,7 +203,7 @@ def test_train_passes_its_arguments_on(training):
 def test_merge_passes_its_arguments_on(training):
     result = run("merge", "runs/x", "-o", "out", "--overwrite")
     assert result.exit_code == 0
-    assert training == [("merge", ["runs/x", "out"], {"overwrite": True})]
+    assert training == [("merge", ["runs/x", "out"], {"base": None, "overwrite": True})]
     assert "written to out" in result.stderr
 
 
@@ -227,18 +227,6 @@ def test_push_dry_run_shows_files_and_card(tmp_path):
     assert not (tmp_path / "README.md").exists()
     (tmp_path / "optimizer.pt").touch()
     assert "holds training state (optimizer.pt)" in fails("push", tmp_path, "me/tiny", "--dry-run")
-
-
-def test_push_prints_where_it_went(tmp_path, monkeypatch):
-    def push(folder, repo, **options):
-        calls.append((folder, repo, options))
-        return types.SimpleNamespace(url="https://hub/commit")
-
-    calls = []
-    monkeypatch.setattr("t2r.hub.push", push)
-    assert run("push", tmp_path, "me/x", "--private", "--revision", "v1", "-m", "Hi").stdout == "https://hub/commit\n"
-    options = {"private": True, "dry_run": False, "revision": "v1", "commit_message": "Hi"}
-    assert calls == [(tmp_path, "me/x", options)]
 
 
 def test_env():

@@ -35,7 +35,12 @@ def test_card_of_a_trained_model(folder):
 
 def test_card_says_how_to_load_and_what_the_state_takes(folder):
     card = build_card(folder, "me/tiny")
-    for line in ("pip install t2r", "import t2r", 'AutoModelForCausalLM.from_pretrained("me/tiny"'):
+    for line in (
+        "pip install t2r",
+        "import t2r",
+        'AutoModelForCausalLM.from_pretrained("me/tiny"',
+        "trust_remote_code=True",
+    ):
         assert line in card.text
     assert "softmax attention of 1 of its 2 layers is replaced" in card.text
     # one layer × 2 heads × 8 slots × keys and values × 8 wide, fp32; the other layer's cache in fp32 as the weights

@@ -12,7 +12,7 @@ LAYERS = {"all slots": None, "mixed": ["full_attention", "linear_attention", "li
 @pytest.fixture(params=[*LAYERS, "routed"])
 def model(request):
     if request.param == "routed":
-        return shake(student(start="routed", rings=[5, 9]))
+        return shake(student(start="routed"))
     return shake(student(layer_types=LAYERS[request.param]))
 
 
