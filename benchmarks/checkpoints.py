@@ -1,23 +1,41 @@
-"""Whether checkpoints come through conversion as what they were.
+"""Checkpoints: how fast and in how much memory they are converted, how damage is met, and what comes through.
 
-    python -m benchmarks.checkpoints [--out DIR]
+    python -m benchmarks.checkpoints [--only convert] [--only fuzz] [--only fla] [--work DIR] [--out DIR]
 
-It needs a GPU and flash-linear-attention (`pip install flash-linear-attention`), whose models are made at random,
-converted and compared with what they become, and the other way round.
+`convert` needs 30 GB of disk for a checkpoint of Mistral-7B's shape and its copy; `fuzz` converts 10,000 damaged
+checkpoints; `fla` needs a GPU and flash-linear-attention (`pip install flash-linear-attention`), whose models are made
+at random, converted and compared with what they become, and the other way round. Rows of what is left out stay.
 """
 
 import argparse
+import json
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.mistral_7b import make_source
 from benchmarks.record import write_results
 from t2r.model import T2RForCausalLM
 from t2r_conversion import convert, export_fla
 
+CONVERT = """
+import sys, time
+from pathlib import Path
+import t2r_conversion
+began = time.perf_counter()
+t2r_conversion.convert(sys.argv[1], sys.argv[2], start="window", hard_link=sys.argv[3] == "link")
+seconds = time.perf_counter() - began
+status = Path("/proc/self/status").read_text().splitlines()
+print(seconds, next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024)
+"""
+FUZZ_EACH, FUZZ_KINDS = 1250, 8  # damaged inputs of each kind of file and family, see tests/conversion/test_fuzz.py
 SHAPE = {
     "vocab_size": 8192,
     "hidden_size": 1024,
@@ -33,12 +51,74 @@ LENGTHS = (64, 500)  # tokens: flash-linear-attention goes up to 64 one by one, 
 def main() -> None:
     """Measure, print and write `checkpoints.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=ROWS, action="append")
+    parser.add_argument("--work", type=Path, default=Path("runs/checkpoints"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    rows = [fla_row(name, dtype) for name, dtype in (("", torch.float32), ("_bf16", torch.bfloat16))]
-    for row in rows:
-        print(f"{row['name']:<28}" + "  ".join(f"{name} {row[name]:.2e}" for name in ("ours", "largest", "fla")))
-    print(write_results("checkpoints", rows, options.out))
+    new = [row for name in options.only or ROWS for row in ROWS[name](options.work)]
+    kept = options.out / "checkpoints.json"
+    rows = json.loads(kept.read_text(encoding="utf-8"))["rows"] if kept.is_file() else []
+    names = {row["name"] for row in new}
+    for row in new:
+        print(f"{row['name']:<28}" + "  ".join(f"{k} {x:.3g}" for k, x in row.items() if isinstance(x, int | float)))
+    print(write_results("checkpoints", [row for row in rows if row["name"] not in names] + new, options.out))
+
+
+def convert_rows(work: Path) -> list[dict]:
+    """Seconds and memory that the conversion of a 7B takes with hard links, and its rate beside `cp`'s where it copies.
+
+    Copies are written to the disk before the clock stops.
+    """
+    source, out = work.absolute() / "source", work.absolute() / "out"
+    if not (source / "model.safetensors.index.json").exists():
+        shutil.rmtree(source, ignore_errors=True)
+        source.mkdir(parents=True)
+        make_source(source)
+    linked, copied, plain = [], [], []
+    for _ in range(3):
+        linked.append(_converted(source, out, "link"))
+        began = time.perf_counter()
+        subprocess.run(["cp", "-r", "--reflink=never", source, out], check=True)
+        os.sync()
+        plain.append(time.perf_counter() - began)
+        shutil.rmtree(out)
+        copied.append(_converted(source, out, "copy")[0])
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    rates = {"convert_gb_s": size / 1e9 / min(copied), "cp_gb_s": size / 1e9 / min(plain)}
+    return [
+        {"name": "convert_7b_link_s", "unit": "s", "ours": min(linked)[0], "gb": size / 1e9},
+        {"name": "convert_7b_peak_mib", "unit": "MiB", "ours": max(peak for _, peak in linked)},
+        {"name": "convert_7b_copy_share", "unit": "share", "ours": min(plain) / min(copied), **rates},
+    ]
+
+
+def _converted(source: Path, out: Path, how: str) -> tuple[float, float]:
+    """Seconds and peak MiB of a conversion, in a process of its own; the result is removed."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", CONVERT, source, out, how], stdout=subprocess.PIPE, check=True)
+    seconds, peak = map(float, done.stdout.split())
+    started = time.perf_counter() - began - seconds  # interpreter and imports
+    os.sync()
+    total = time.perf_counter() - began - started
+    shutil.rmtree(out)
+    return total, peak
+
+
+def fuzz_rows(work: Path) -> list[dict]:  # noqa: ARG001
+    """How many damaged checkpoints have been met with an error of ours, or none."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "tests/conversion/test_fuzz.py"]
+    subprocess.run(command, env=os.environ | {"T2R_FUZZ": str(FUZZ_EACH)}, stdout=sys.stderr, check=True)
+    seconds = time.perf_counter() - began
+    return [{"name": "fuzz_inputs", "unit": "inputs", "ours": FUZZ_EACH * FUZZ_KINDS, "seconds": round(seconds)}]
+
+
+def fla_rows(work: Path) -> list[dict]:  # noqa: ARG001
+    """`fla_row` in both dtypes."""
+    return [fla_row(suffix, dtype) for suffix, dtype in (("", torch.float32), ("_bf16", torch.bfloat16))]
+
+
+ROWS = {"convert": convert_rows, "fuzz": fuzz_rows, "fla": fla_rows}
 
 
 def fla_row(suffix: str, dtype: torch.dtype) -> dict:
