@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate")
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "flash-linear-attention")
 
 
 def write_results(name: str, rows: list[dict], out: Path) -> Path:
@@ -19,15 +19,12 @@ def write_results(name: str, rows: list[dict], out: Path) -> Path:
         rows: `{"name", "unit", "ours": number}`, and each peer by its own key.
         out: folder, made if it is not there.
     """
-    import torch
-
-    cuda = torch.cuda.is_available()
     content = {
         "benchmark": name,
         "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "hardware": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
+        "commit": commit(),
+        "hardware": hardware(),
         "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
         "rows": rows,
     }
@@ -37,7 +34,15 @@ def write_results(name: str, rows: list[dict], out: Path) -> Path:
     return path
 
 
-def _commit() -> str | None:
+def hardware() -> str:
+    """What tensors are computed on here."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+
+
+def commit() -> str | None:
+    """The commit that runs; None outside a repository."""
     done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     return done.stdout.strip() or None
 

@@ -28,12 +28,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import write_results
+from benchmarks.record import commit, hardware, write_results
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = Path(".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
 # Tokens of a window, and how many windows: all predictions are on the reported text's beginning.
 WINDOWS = {1024: 64, 4096: 16}
+AGED = 8  # windows that show how old what slots hold is
 AT_ONCE = 2**14  # tokens of one forward pass on a GPU
 EXCERPT, EXCERPTS = 10_000, 48  # characters of each document that routers are fitted to, and how many
 
@@ -64,16 +65,29 @@ def nlls(model, tokenizer, text: str, share: float) -> dict[int, torch.Tensor]:
     return {length: window_nlls(model, part, batch_size=max(1, at_once // length)) for length, part in windows.items()}
 
 
+@torch.no_grad()
+def memory(model, windows: torch.Tensor) -> list[list[float]] | None:
+    """How long ago, in tokens, what slots but sinks hold at a window's end came: mean of each routed layer's heads."""
+    ages, sinks = [], getattr(model.config, "num_sinks", 0)
+    for window in windows.to(model.device):
+        cache = model(window[None], use_cache=True, logits_to_keep=1).past_key_values
+        held = [layer.held for layer in getattr(cache, "layers", ()) if getattr(layer, "held", None)]
+        ages.append([len(window) - 1 - each.positions[0, :, sinks:].float().mean(-1) for each in held])
+    layers = [torch.stack(of_layer).mean(0).tolist() for of_layer in zip(*ages, strict=True)]
+    return [[round(age, 1) for age in heads] for heads in layers] or None
+
+
 def measured(model: Path, text: str, share: float, asked: int) -> dict:
-    """`nlls` on the reported text, and `recall` of as many questions at each distance."""
+    """`nlls` on the reported text, `memory` there, and `recall` of as many questions at each distance."""
     from benchmarks.recall import DISTANCES, questions, recall
-    from t2r.evaluation import load_model, load_tokenizer
+    from t2r.evaluation import cut_windows, load_model, load_tokenizer
 
     network, tokenizer = load_model(model, dtype="float32"), load_tokenizer(model)
     recalled = {
         distance: recall(network, questions(tokenizer, text, distance, asked)) for distance in DISTANCES if asked
     }
-    return {"nlls": nlls(network, tokenizer, text, share), "recall": recalled}
+    aged = memory(network, cut_windows(tokenizer, text, min(WINDOWS), AGED))
+    return {"nlls": nlls(network, tokenizer, text, share), "memory": aged, "recall": recalled}
 
 
 def teacher_measured(options: argparse.Namespace) -> dict:
@@ -127,18 +141,36 @@ def run(path: Path, seed: int, options: argparse.Namespace) -> dict:
         "convert_minutes": round(converted / 60, 2),
         "train_minutes": round(training.get("seconds", 0) / 60, 2),
         "peak_mib": training.get("peak_memory_mib"),
-        "state_bytes": sum(plan.memory()[0][key] for key in ("state", "kept_cache")),
+        "state_bytes": sum(plan.memory([max(WINDOWS)])[0][key] for key in ("state", "kept_cache")),
+        "memory": student["memory"],
         **({"recall": student["recall"], "recall_teacher": teacher["recall"]} if options.recall else {}),
+        "commit": commit(),
+        "hardware": hardware(),
         "overrides": options.set,
         "recipe": recipe,
     }
 
 
+def derived(rows: list[dict]) -> list[dict]:
+    """What follows from the rows of runs: how short contexts fare, and what slots are better by than a window."""
+    first = {row["name"]: row for row in reversed(rows)}
+    found = []
+    for tokens in ("20M", "4M"):
+        slots, control = first.get(f"slots64_{tokens}"), first.get(f"control64_{tokens}")
+        if slots and not found:
+            found.append({"name": "short_context", "unit": "ratio", "ours": slots["bands"]["0-63"]})
+        if slots and control:
+            margin = 1 - slots["bands"]["512-1023"] / control["bands"]["512-1023"]
+            return [*found, {"name": "control_margin_512", "unit": "share", "ours": round(margin, 4)}]
+    return found
+
+
 def in_processes(jobs: list[tuple[Path, int]], options: argparse.Namespace) -> Iterator[dict]:
     """The rows of all jobs as they end, each run in a process of its own, on one GPU if there are any."""
     gpus: Queue[str] = Queue()
-    for gpu in [*range(max(1, torch.cuda.device_count()))] * options.jobs:
-        gpus.put(str(gpu))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(max(1, torch.cuda.device_count()))))
+    for gpu in visible.split(",") * options.jobs:
+        gpus.put(gpu)
 
     def one(job: tuple[Path, int]) -> dict | None:
         path, seed = job
@@ -187,10 +219,11 @@ def main() -> None:
     teacher_measured(options)
     kept, new = options.out / "recovery.json", []
     rows = json.loads(kept.read_text(encoding="utf-8"))["rows"] if kept.is_file() else []
+    rows = [row for row in rows if "recipe" in row]
     for row in in_processes([(path, seed) for path in options.recipes for seed in seeds], options):
         new.append(row)
         rows = [old for old in rows if (old["name"], old.get("seed")) != (row["name"], row["seed"])] + [row]
-        write_results("recovery", rows, options.out)
+        write_results("recovery", rows + derived(rows), options.out)
     table = Table("recipe", "seed", "tokens", "ratio", *(new[0]["bands"] if new else ()), "4,096")
     for row in new:
         figures = [f"{x:.3f}" for x in (row["ours"], *row["bands"].values(), row["ratio_4096"])]

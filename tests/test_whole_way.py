@@ -39,7 +39,7 @@ def test_the_whole_way(tmp_path, monkeypatch, start, window):
     slots = ["--slots", 8] if start == "paper" else ["--slots", 8, "--sinks", 2]
     if start == "routed":
         monkeypatch.setattr("t2r_conversion.calibrate.WINDOW", 128)
-        slots += ["--rings", "2,4", "--calibrate", tmp_path / "heldout.txt"]
+        slots += ["--calibrate", tmp_path / "heldout.txt"]
     slots += [] if window is None else ["--window", window]
     t2r("convert", tmp_path / "teacher", "-o", tmp_path / "converted", "--start", start, *slots)
     tables = t2r("train", tmp_path / "recipe.yaml")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from t2r.model.configuration_t2r import T2RConfig
 from t2r_conversion.calibrate import calibration_of, check_text
+from t2r_conversion.export import export_fla
 from t2r_conversion.families import FAMILIES, Family
 from t2r_conversion.headers import SourceTensor
 from t2r_conversion.plan import Plan, PlannedTensor, plan_conversion
@@ -20,6 +21,7 @@ __all__ = [
     "Source",
     "SourceTensor",
     "convert",
+    "export_fla",
     "open_source",
     "plan_conversion",
     "read_source",
@@ -32,17 +34,17 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    start: str = "routed",
-    num_slots: int = 64,
+    start: str | None = None,
+    num_slots: int | None = None,
     num_sinks: int = 4,
     keep_softmax: Iterable[int] = (),
     gate_write: float = T2RConfig.gate_write_logit,
     gate_keep: float = T2RConfig.gate_keep_logit,
-    rings: list[int] | None = None,
     window: int | None = None,
     calibrate: str | Path | None = None,
     calibration_tokens: int = 32768,
     hard_link: bool = False,
+    source_format: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -53,18 +55,18 @@ def convert(
     Args:
         source: a local Hugging Face folder, a Hub id, or a `.gguf` file.
         out: folder to write.
-        start: see `plan_conversion`, as for the next seven.
+        start: see `plan_conversion`, as for the next six.
         num_slots: see `plan_conversion`.
         num_sinks: see `plan_conversion`.
         keep_softmax: see `plan_conversion`.
         gate_write: see `plan_conversion`.
         gate_keep: see `plan_conversion`.
-        rings: see `plan_conversion`.
         window: see `plan_conversion`.
         calibrate: routed start: a text that the routers are fitted to; None for `REFERENCE` in `calibrate`.
         calibration_tokens: of that text, at most.
         hard_link: share the files of untouched shards with the source instead of copying them; nobody must write to
             either afterwards.
+        source_format: "fla" if the source has to be flash-linear-attention's; None for whatever it is.
         overwrite: replace the model that is at `out`.
         dry_run: plan only; nothing is written, and no weights are downloaded or unpacked.
         progress: called with the bytes done and in all after each shard.
@@ -74,7 +76,7 @@ def convert(
         The plan that was, or would be, carried out.
 
     Raises:
-        ValueError: see `read_source`, `plan_conversion` and `write`.
+        ValueError: see `read_source`, `plan_conversion` and `write`; or the source is not what `source_format` says.
     """
     options = {
         "start": start,
@@ -83,23 +85,24 @@ def convert(
         "keep_softmax": tuple(keep_softmax),
         "gate_write": gate_write,
         "gate_keep": gate_keep,
-        "rings": rings,
         "window": window,
     }
-    if calibrate is not None:
-        if start != "routed":
-            raise ValueError(f"calibrate has no effect with start {start!r}; use start 'routed'")
-        check_text(calibrate)
     out = Path(out).absolute()
     headers = read_source(source)
+    if source_format is not None:
+        _check_format(headers, source_format)
     plan = plan_conversion(headers, **options)
+    routed = plan.config.start == "routed"
+    if calibrate is not None:
+        if not routed:
+            raise ValueError(f"calibrate has no effect with start {plan.config.start!r}; use start 'routed'")
+        check_text(calibrate)
     if dry_run:
         return plan
     check_output(out, headers.folder, overwrite)
     if not (hard_link and can_link(headers, out)):
         check_space(out, sum(tensor.bytes for tensor in plan.having("copied", "new")))
-    routed = start == "routed"
-    about = calibrate, calibration_tokens, num_slots
+    about = calibrate, calibration_tokens, plan.config.num_slots
     fit = calibration_of(*about, headers.folder, calibrating) if routed and headers.kind != "gguf" else None
     with open_source(headers, scratch=out.with_name(f".{out.name}.unpacked")) as opened:
         plan = plan_conversion(opened, **options)
@@ -107,3 +110,13 @@ def convert(
             fit = calibration_of(*about, opened.folder, calibrating)
         write(plan, out, overwrite=overwrite, progress=progress, calibration=fit, hard_link=hard_link)
     return plan
+
+
+def _check_format(source: Source, source_format: str) -> None:
+    if source_format != "fla":
+        raise ValueError(f"source format {source_format!r} is unknown; use 'fla', or none for what the source is")
+    if not source.family.recurrent:
+        raise ValueError(
+            f"{source.name}: a {source.family.model_type} model, none of flash-linear-attention; convert it without "
+            "naming a source format"
+        )

@@ -17,15 +17,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from t2r.model.configuration_t2r import T2RConfig
 from t2r.model.modeling_t2r import T2RDecoderLayer, rotate
 from t2r.model.positions import Positions
-from t2r.model.rings import ring_schedule
+from t2r.model.routing import routed_schedule
 from t2r_conversion.headers import one_line
 
 WINDOW = 1024  # tokens
 LATER, FAR = 24, 400  # a token matters by the queries that come so many tokens later: not before, not after
 ENDING = 64  # tokens before a window's end, which hardly any query follows
 RIDGE = 0.01  # per token, on standardised inputs
-SHARES = (0.05, 0.1, 0.2, 0.4)  # of the tokens in a ring that deserve the next one, to choose from
-SHORT = (0.13, 0.27, 0.4, 0.53, 0.73)  # of the slots that rings share, those in the short one, to choose from
+SPREADS = (0.7, 1.0, 1.4)  # factors on the logarithm of importance, to choose from
 CHOOSING, QUERIES = 6, 4  # windows that the choice looks at; every so many queries of them
 
 REFERENCE = "the reference that Python ships"
@@ -134,52 +133,43 @@ class Fit:
     Attributes:
         tensors: by name, fp32.
         r_squared: of each routed layer.
-        rings: sizes of each layer's rings, of those without a router as they were.
         errors: squared distance of each routed layer's output from its softmax attention's, relative to that one's
             squared length, mean over heads: what is lost where contexts are longer than `num_slots`.
     """
 
     tensors: dict[str, Tensor]
     r_squared: list[float]
-    rings: list[list[int]]
     errors: list[float]
 
 
-def fit_routers(
-    config: T2RConfig, files: dict[str, Path], windows: Tensor, choose: bool = True, progress: Progress | None = None
-) -> Fit:
+def fit_routers(config: T2RConfig, files: dict[str, Path], windows: Tensor, progress: Progress | None = None) -> Fit:
     """Routers that foresee how much attention each token will receive.
 
     A token's importance to a key/value head is the root mean square, over the queries that come `LATER` to `FAR` tokens
     later, of the softmax attention that it receives from the query heads: what a few need much counts for more than
-    what many glance at. Its logarithm is regressed (ridge) on the layer's input. How many tokens go on from each ring
-    to the next, and the rings' sizes, are those of `SHARES` and `SHORT` that distort the layer's output least. Memory
-    holds one layer at a time, the text's hidden states in fp32 and attention of one window and head.
+    what many glance at. Its logarithm is regressed (ridge) on the layer's input, and multiplied by the factor of
+    `SPREADS` that distorts the head's output least. A layer reads what the converted model will give it: layers before
+    it attend to what their slots hold. Memory holds one layer at a time, the text's hidden states in fp32 and
+    attention of one window and head.
 
     Args:
         config: of the converted model.
         files: which safetensors file holds each of the source's tensors.
         windows: tokens, `[windows, length]`.
-        choose: whether the sizes of rings are to be chosen, or stay as in `config`.
         progress: called with the layers done and in all after each.
     """
     if torch.cuda.is_available():
         try:
-            return _fit(config, files, windows, choose, progress, torch.device("cuda"))
+            return _fit(config, files, windows, progress, torch.device("cuda"))
         except torch.OutOfMemoryError:
             warnings.warn("the GPU is too full to fit routers on; the CPU does it", stacklevel=2)
             torch.cuda.empty_cache()
-    return _fit(config, files, windows, choose, progress, torch.device("cpu"))
+    return _fit(config, files, windows, progress, torch.device("cpu"))
 
 
 @torch.no_grad()
 def _fit(
-    config: T2RConfig,
-    files: dict[str, Path],
-    windows: Tensor,
-    choose: bool,
-    progress: Progress | None,
-    device: torch.device,
+    config: T2RConfig, files: dict[str, Path], windows: Tensor, progress: Progress | None, device: torch.device
 ) -> Fit:
     softmax = copy(config)
     softmax.layer_types = [config.softmax_type] * config.num_hidden_layers
@@ -189,99 +179,87 @@ def _fit(
     hidden = [embedding[row].float().to(device) for row in windows]  # each [L, hidden]
     del embedding
     last = max(config.slot_layers, default=-1)
-    fit = Fit({}, [], [list(config.rings_of(i)) for i in range(config.num_hidden_layers)], [])
+    counted = slice(config.num_sinks, windows.shape[1] - ENDING)
+    fit = Fit({}, [], [])
     for number in range(last + 1):
-        layer, inputs, importance = _layer(softmax, files, number, device), [], []
-        for i, x in enumerate(hidden):
-            normed = layer.input_layernorm(x)
-            attended, received = _attend(layer.self_attn, normed, rotation, softmax)
-            inputs.append(normed)
-            importance.append(received)
-            x = x + attended
-            hidden[i] = x + layer.mlp(layer.post_attention_layernorm(x))
+        layer = _layer(softmax, files, number, device)
+        attention, inputs = layer.self_attn, [layer.input_layernorm(x) for x in hidden]
+        ends: Tensor | list[None] = [None] * len(inputs)
         if number in config.slot_layers:
-            counted = slice(config.num_sinks, windows.shape[1] - ENDING)
+            importance = [_received(attention, x, rotation, softmax) for x in inputs]
             x, y = (torch.cat([part[counted] for part in parts]) for parts in (inputs, importance))
-            weight, r_squared = ridge(x, y.log())
-            candidates = _candidates(fit.rings[number], choose)
-            heads = [_heads(layer.self_attn, x, rotation, softmax) for x in inputs[:CHOOSING]]
-            scores = [x @ weight.T for x in inputs]
-            limits = [thresholds(x @ weight.T, len(rings) - 1, share) for rings, share in candidates]
-            errors = distortion(heads, scores, limits, [rings for rings, _ in candidates], config)
-            best = int(errors.argmin())
+            weight, bias, r_squared = ridge(x, y.log())
+            foreseen = torch.stack([x @ weight.T + bias for x in inputs])  # [windows, L, H]
+            ways = torch.stack([lifetimes(_slots(foreseen * spread, config)) for spread in SPREADS])
+            heads = [_heads(attention, x, rotation, softmax) for x in inputs[:CHOOSING]]
+            errors, best = distortion(heads, ways, config.num_slots).min(0)  # [H]
+            ends = ways.gather(0, best.expand_as(ways[:1]))[0]  # [windows, L, H]
+            spread = torch.tensor(SPREADS, device=device)[best]
             name = f"model.layers.{number}.self_attn.router."
-            fit.tensors[name + "weight"] = weight.cpu()
-            fit.tensors[name + "thresholds"] = limits[best].cpu()
-            fit.rings[number] = candidates[best][0]
+            fit.tensors[name + "weight"] = (weight * spread[:, None]).cpu()
+            fit.tensors[name + "bias"] = (bias * spread).cpu()
             fit.r_squared.append(r_squared)
-            fit.errors.append(errors[best].item())
+            fit.errors.append(errors.mean().item())
+        for i, x in enumerate(hidden):
+            x = x + _attend(attention, inputs[i], rotation, softmax, ends[i])
+            hidden[i] = x + layer.mlp(layer.post_attention_layernorm(x))
         if progress is not None:
             progress(number + 1, last + 1)
     return fit
 
 
-def _candidates(rings: list[int], choose: bool) -> list[tuple[list[int], float]]:
-    """Sizes of rings, and the share of tokens that each ring lets on."""
-    sizes, slots = [list(rings)], sum(rings)
-    if choose and len(rings) == 2:
-        shorts = sorted({min(max(1, round(slots * part)), slots - 1) for part in SHORT})
-        sizes = [[short, slots - short] for short in shorts]
-    return [(each, share) for each in sizes for share in SHARES]
-
-
-def distortion(
-    heads: list[Iterator[tuple[Tensor, Tensor]]],
-    scores: list[Tensor],
-    limits: list[Tensor],
-    rings: list[list[int]],
-    config: T2RConfig,
-) -> Tensor:
-    """How far attention to what the slots hold is from attention to everything, for several ways to route.
+def distortion(heads: list[Iterator[tuple[Tensor, Tensor]]], ways: Tensor, num_slots: int) -> Tensor:
+    """How far attention to what the slots hold is from attention to everything, for several ways to give slots.
 
     Args:
         heads: for each window, attention weights `[G, L, L]` and values `[L, D]` of each key/value head.
-        scores: routers' scores of each window's tokens, `[L, H]`.
-        limits: of each way, the thresholds `[H, rings - 1]`.
-        rings: of each way, the sizes.
-        config: of the converted model.
+        ways: the position at which each token's slot is taken over, `[ways, windows, L, H]`.
+        num_slots: what comes within them is the same in all ways.
 
     Returns:
-        Squared distance relative to the squared length, mean over heads and windows, `[ways]`.
+        Squared distance relative to the squared length, mean over windows, `[ways, H]`.
     """
-    L, device = len(scores[0]), scores[0].device
-    positions = Positions.resolve(torch.empty(1, L, 1, device=device), None, None, None, 0)
-    queries = torch.arange(config.num_slots, L, QUERIES, device=device)
+    queries = torch.arange(num_slots, ways.shape[2], QUERIES, device=ways.device)
     errors = []
-    for of_window, score in zip(heads, scores, strict=False):
-        until = []
-        for limit, sizes in zip(limits, rings, strict=True):
-            choice = (score.unsqueeze(-1) > limit).sum(-1)  # [L, H]
-            until.append(lifetimes(ring_schedule(choice[None], positions, config, sizes)[0][0]))
+    for window, of_window in enumerate(heads):
         for head, (weights, v) in enumerate(of_window):
             weights = weights[:, queries]  # [G, Q, L]
             expected = weights @ v
-            for ends in until:
-                held = weights * (queries[:, None] < ends[:, head])
-                distance = (held @ v) / held.sum(-1, keepdim=True).clamp_min(1e-9) - expected
+            for ends in ways[:, window, :, head]:
+                distance = held(weights, queries, ends) @ v - expected
                 errors.append(distance.square().sum() / expected.square().sum())
-    return torch.stack(errors).view(-1, len(rings)).mean(0)
+    return torch.stack(errors).view(len(heads), -1, len(ways)).mean(0).T
+
+
+def held(weights: Tensor, queries: Tensor, ends: Tensor) -> Tensor:
+    """Attention `[G, Q, L]` to the tokens that slots still hold: queries are at `[Q]`, tokens end at `[L]`."""
+    kept = weights * (queries[:, None] < ends)
+    return kept / kept.sum(-1, keepdim=True).clamp_min(1e-9)
+
+
+def _slots(importance: Tensor, config: T2RConfig) -> Tensor:
+    """The slots that tokens of windows take over: `[windows, L, H]` both."""
+    positions = Positions.resolve(importance[..., :1], None, None, None, 0)
+    return routed_schedule(importance, positions, config)[0]
 
 
 def lifetimes(slots: Tensor) -> Tensor:
-    """The position at which another token takes over each token's slot: `[L, H]` to `[L, H]`, L for none."""
-    L = len(slots)
-    order = slots.argsort(stable=True, dim=0)  # [L, H]: by slot, then by position
-    sorted_slots = slots.gather(0, order)
+    """The position at which another token takes over each token's slot: `[..., L, H]` to the same, L for none."""
+    L = slots.shape[-2]
+    order = slots.argsort(stable=True, dim=-2)  # by slot, then by position
+    of_slot = slots.gather(-2, order)
     successor = torch.full_like(order, L)
-    successor[:-1] = torch.where(sorted_slots[1:] == sorted_slots[:-1], order[1:], L)
-    return torch.empty_like(order).scatter_(0, order, successor)
+    same = of_slot[..., 1:, :] == of_slot[..., :-1, :]
+    successor[..., :-1, :] = torch.where(same, order[..., 1:, :], L)
+    return torch.empty_like(order).scatter_(-2, order, successor)
 
 
-def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
     """Ridge regression of `y [n, k]` on standardised `x [n, d]`.
 
     Returns:
-        Weights for `x` as it is, `[k, d]`, without the constant; and R² on these data, mean over `k`.
+        Weights for `x` as it is, `[k, d]`; the bias with which predictions have mean 0, `[k]`; and R² on these data,
+        mean over `k`.
     """
     scale = x.std(0).clamp_min(1e-6)
     standard, centred = (x - x.mean(0)) / scale, (y - y.mean(0)).double()
@@ -290,13 +268,8 @@ def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
     weight = torch.linalg.solve(gram, (standard.double().T @ centred))  # [d, k]
     left = (centred - standard.double() @ weight).square().sum(0)
     fit = (1 - left / centred.square().sum(0)).mean().item()
-    return (weight.T / scale).float(), fit
-
-
-def thresholds(scores: Tensor, count: int, share: float) -> Tensor:
-    """Scores that a share of all tokens exceeds, that share of these, and so on: `[n, heads]` to `[heads, count]`."""
-    ranks = torch.tensor([1 - share**i for i in range(1, count + 1)], device=scores.device)
-    return torch.stack([torch.quantile(head, ranks) for head in scores.T])
+    weight = (weight.T / scale).float()
+    return weight, -weight @ x.mean(0), fit
 
 
 def _heads(attention, x: Tensor, rotation: tuple[Tensor, Tensor], config: T2RConfig) -> Iterator[tuple[Tensor, Tensor]]:
@@ -320,15 +293,24 @@ def _ahead(x: Tensor) -> Tensor:
     return places[:, None] - places
 
 
-def _attend(attention, x: Tensor, rotation: tuple[Tensor, Tensor], config: T2RConfig) -> tuple[Tensor, Tensor]:
-    """Softmax attention of one window `[L, hidden]`; and what each token and head receives later, `[L, H]`."""
+def _received(attention, x: Tensor, rotation: tuple[Tensor, Tensor], config: T2RConfig) -> Tensor:
+    """The attention that each token of a window `[L, hidden]` receives later: importance, `[L, H]`."""
     ahead = _ahead(x)
     later = (ahead >= LATER) & (ahead < FAR)
-    outputs, received = [], []
-    for weights, v in _heads(attention, x, rotation, config):
+    received = [
+        ((weights.square().sum(0) * later).sum(0) / later.sum(0).clamp_min(1)).sqrt()
+        for weights, _ in _heads(attention, x, rotation, config)
+    ]
+    return torch.stack(received, 1).clamp_min(1e-9)
+
+
+def _attend(attention, x: Tensor, rotation: tuple[Tensor, Tensor], config: T2RConfig, ends: Tensor | None) -> Tensor:
+    """Softmax attention of one window `[L, hidden]`, to all tokens or to those whose slots have not been taken over."""
+    queries, outputs = torch.arange(len(x), device=x.device), []
+    for head, (weights, v) in enumerate(_heads(attention, x, rotation, config)):
+        weights = weights if ends is None else held(weights, queries, ends[:, head])
         outputs.append((weights @ v).transpose(0, 1).flatten(1))  # [L, G * D]
-        received.append(((weights.square().sum(0) * later).sum(0) / later.sum(0).clamp_min(1)).sqrt())
-    return attention.o_proj(torch.cat(outputs, 1)), torch.stack(received, 1).clamp_min(1e-9)
+    return attention.o_proj(torch.cat(outputs, 1))
 
 
 def _layer(config: T2RConfig, files: dict[str, Path], number: int, device: torch.device) -> T2RDecoderLayer:

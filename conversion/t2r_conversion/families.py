@@ -1,8 +1,8 @@
 """The source families, as data: which configuration fields and tensors a checkpoint has.
 
-Source tensor names are kept in the converted model, so a family needs no table of renames. To add a family, add
-an entry to `FAMILIES`; its tensors' shapes are spelled in the symbols of `_sizes`, its optional ones in the
-conditions of `_conditions`.
+Source tensor names are kept in the converted model, so a family needs no table of renames (but for "gsa", whose table
+is in `fla`). To add a family, add an entry to `FAMILIES`; its tensors' shapes are spelled in the symbols of `_sizes`,
+its optional ones in the conditions of `_conditions`.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
-from t2r.model.configuration_t2r import T2RConfig
+from t2r.model.configuration_t2r import LINEAR_ATTENTION, T2RConfig
 
 
 class TensorRow(NamedTuple):
@@ -50,6 +50,12 @@ LLAMA_TENSORS = (
 # Old checkpoints hold the rotary frequencies as buffers; a tied head is the embedding a second time.
 LLAMA_DROPPED = ("*.rotary_emb.inv_freq", "lm_head.weight")
 
+GSA_TENSORS = (
+    *LLAMA_TENSORS,
+    TensorRow(_LAYER + "self_attn.f_proj.weight", ("gates", "hidden"), "linear_attention"),
+    TensorRow(_LAYER + "self_attn.g_norm.weight", ("query",), "linear_attention"),
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -59,7 +65,7 @@ class Family:
         model_type: the source's `model_type`.
         architectures: classes whose checkpoints can be converted.
         config_fields: for each source configuration field, the `T2RConfig` fields it sets.
-        gguf_architecture: the name of the family in GGUF files.
+        gguf_architecture: the name of the family in GGUF files, if it has one there.
         fixed: `T2RConfig` fields that every model of the family has in common.
         tensors: the tensors that are kept.
         dropped: patterns of names that are known and not kept; a row of `tensors` goes first.
@@ -68,10 +74,15 @@ class Family:
     model_type: str
     architectures: tuple[str, ...]
     config_fields: Mapping[str, tuple[str, ...]]
-    gguf_architecture: str
+    gguf_architecture: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     tensors: tuple[TensorRow, ...] = LLAMA_TENSORS
     dropped: tuple[str, ...] = LLAMA_DROPPED
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether its layers are Gated Slot Attention already."""
+        return "start" in self.config_fields
 
     def config_values(self, source_config: Any) -> dict[str, Any]:
         """The `T2RConfig` arguments that follow from the source's configuration.
@@ -80,13 +91,13 @@ class Family:
             ValueError: some layers have a sliding window and others have none, or a size is no size.
         """
         values = dict(self.fixed)
-        for name, most in MOST.items():
+        for name in MOST:
             size = getattr(source_config, name, None)
-            if size is not None and (type(size) is not int or not 0 < size <= most):
+            if not makes_sense(name, size):
                 raise ValueError(f"{name} of the source's configuration is {size!r}, which makes no sense")
         for name, targets in self.config_fields.items():
             values.update(dict.fromkeys(targets, getattr(source_config, name)))
-        types = set(getattr(source_config, "layer_types", None) or ())
+        types = set(getattr(source_config, "layer_types", None) or ()) - {LINEAR_ATTENTION}
         if len(types) > 1:
             raise ValueError(
                 f"{self.model_type}: layers of several kinds ({', '.join(sorted(types))}) are not supported"
@@ -98,11 +109,14 @@ class Family:
     def expected_tensors(self, config: T2RConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every source tensor that a model of this configuration keeps."""
         sizes, conditions = _sizes(config), _conditions(config)
+        linear = config.slot_layers
         expected = {}
         for row in self.tensors:
-            if not conditions[row.when]:
-                continue
             layers = range(config.num_hidden_layers) if "{layer}" in row.name else [0]
+            if row.when == LINEAR_ATTENTION:
+                layers = linear
+            elif not conditions[row.when]:
+                continue
             shape = tuple(sizes[symbol] for symbol in row.shape)
             expected.update({row.name.format(layer=layer): shape for layer in layers})
         return expected
@@ -120,6 +134,7 @@ def _sizes(config: T2RConfig) -> dict[str, int]:
         "query": config.num_attention_heads * config.head_dim,
         "key_value": config.num_key_value_heads * config.head_dim,
         "head": config.head_dim,
+        "gates": config.num_key_value_heads * config.num_slots,
     }
 
 
@@ -142,8 +157,15 @@ MOST = {
     "num_attention_heads": 2**16,
     "num_key_value_heads": 2**16,
     "head_dim": 2**16,
+    "num_slots": 2**16,
 }
 """Sizes beyond which a configuration is damaged, and would cost memory before it is found to be."""
+
+
+def makes_sense(name: str, size: Any) -> bool:
+    """Whether a field's value is a size that a model may have, if the field is one of sizes; None is."""
+    return name not in MOST or size is None or (type(size) is int and 0 < size <= MOST[name])
+
 
 COMMON_FIELDS = {
     name: (name,)
@@ -168,6 +190,8 @@ COMMON_FIELDS = {
         "attention_dropout",
     )
 }
+
+GSA_FIELDS = ("start", "num_slots", "layer_types", "sliding_window", "gate_logit_normalizer", "output_norm_eps")
 
 FAMILIES = {
     family.model_type: family
@@ -209,6 +233,13 @@ FAMILIES = {
             },
             fixed={"qk_norm": True, "mlp_bias": False},
             gguf_architecture="qwen3",
+        ),
+        Family(  # flash-linear-attention's; `fla_config` makes a `T2RConfig` of its configuration
+            model_type="gsa",
+            architectures=("GSAForCausalLM",),
+            config_fields={name: (name,) for name in (*COMMON_FIELDS, *GSA_FIELDS)},
+            tensors=GSA_TENSORS,
+            dropped=(*LLAMA_DROPPED, "*.rotary.inv_freq"),
         ),
     )
 }

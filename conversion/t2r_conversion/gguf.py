@@ -30,9 +30,11 @@ def read_gguf_header(path: Path) -> tuple[Family, PreTrainedConfig, dict[str, tu
         shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise ValueError(f"{path}: not a whole GGUF file ({error}); download it again") from error
-    if architecture not in {family.gguf_architecture for family in FAMILIES.values()}:
+    families = [family for family in FAMILIES.values() if family.gguf_architecture]
+    if architecture not in {family.gguf_architecture for family in families}:
         raise ValueError(
-            f"{path}: architecture {architecture!r} is not supported; supported families: {', '.join(FAMILIES)}"
+            f"{path}: architecture {architecture!r} is not supported; supported families: "
+            f"{', '.join(family.model_type for family in families)}"
         )
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     family = family_of(config.model_type, None, str(path))

@@ -17,6 +17,7 @@ from t2r_conversion.source import Source
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CACHE_LENGTHS = (2048, 32768)
+DEFAULT_SLOTS = 64
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class Plan:
     config: T2RConfig
     dtype: torch.dtype
     tensors: tuple[PlannedTensor, ...]
-    choose_rings: bool = False  # when routers are fitted, layer by layer; until then the configuration's are a default
 
     def having(self, *actions: str) -> list[PlannedTensor]:
         """The tensors with one of these actions."""
@@ -72,17 +72,19 @@ class Plan:
             for chosen in [self.having(action)]
         }
 
-    def memory(self) -> list[dict[str, int]]:
+    def memory(self, lengths: Iterable[int] = CACHE_LENGTHS) -> list[dict[str, int]]:
         """Bytes that one sequence holds after so many tokens: the converted model's, and the source's KV cache.
 
-        Slots are fp32; windows beside them and key/value caches are in the source's dtype.
+        Slots are fp32; windows beside them and key/value caches are in the source's dtype. A recurrent source holds
+        what the converted model holds.
         """
         state = self.config.state_bytes(self.dtype.itemsize)
         source = _all_softmax(self.config)
         rows = []
-        for tokens in CACHE_LENGTHS:
+        for tokens in lengths:
             kept = self.config.kv_cache_elements(tokens) * self.dtype.itemsize
             cache = source.kv_cache_elements(tokens) * self.dtype.itemsize
+            cache = state + kept if self.source.family.recurrent else cache
             rows.append({"tokens": tokens, "state": state, "kept_cache": kept, "source_cache": cache})
         return rows
 
@@ -98,7 +100,6 @@ class Plan:
             "num_slots": config.num_slots,
             "num_sinks": config.num_sinks,
             **({} if config.hybrid_window is None else {"window": config.hybrid_window}),
-            **self._rings(),
             "gate_write_logit": config.gate_write_logit,
             "gate_keep_logit": config.gate_keep_logit,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -108,13 +109,6 @@ class Plan:
             "memory": self.memory(),
         }
 
-    def _rings(self) -> dict[str, Any]:
-        rings = self.config.rings
-        if rings is None:
-            return {}
-        chosen = isinstance(rings[0], list)
-        return {"rings": rings if chosen or not self.choose_rings else "chosen for each layer when routers are fitted"}
-
     def as_dict(self) -> dict[str, Any]:
         """The whole plan, ready for JSON."""
         return self.summary() | {"tensors": [asdict(tensor) for tensor in self.tensors]}
@@ -123,50 +117,76 @@ class Plan:
 def plan_conversion(
     source: Source,
     *,
-    start: str = "routed",
-    num_slots: int = 64,
+    start: str | None = None,
+    num_slots: int | None = None,
     num_sinks: int = 4,
     keep_softmax: Iterable[int] = (),
     gate_write: float = T2RConfig.gate_write_logit,
     gate_keep: float = T2RConfig.gate_keep_logit,
-    rings: list[int] | None = None,
     window: int | None = None,
 ) -> Plan:
     """Plan the conversion of a model.
 
     Args:
         source: from `read_source` or `open_source`.
-        start: "window", "routed" or "paper".
-        num_slots: slots of each key/value head.
+        start: "window", "routed" or "paper"; None for "routed", or what a recurrent source is.
+        num_slots: slots of each key/value head; None for 64, or what a recurrent source has.
         num_sinks: window and routed start: slots that keep the first tokens.
         keep_softmax: numbers of the layers that stay softmax attention.
         gate_write: window and routed start: `T2RConfig.gate_write_logit`.
         gate_keep: window and routed start: `T2RConfig.gate_keep_logit`.
-        rings: routed start: sizes of its rings; None for two, whose sizes are chosen for each layer when routers are
-            fitted.
         window: window and routed start: tokens of a softmax window beside the slots of each converted layer; None for
             no such window.
 
     Raises:
-        ValueError: an argument is out of range, or tensors are missing, unexpected, or of a wrong shape or dtype
-            (all of them are named).
+        ValueError: an argument is out of range, or not what a recurrent source is; or tensors are missing, unexpected,
+            or of a wrong shape or dtype (all of them are named).
     """
-    _warn_without_effect(start, num_sinks=num_sinks, gate_write_logit=gate_write, gate_keep_logit=gate_keep)
     values = source.family.config_values(source.config)
-    options = {"start": start, "num_slots": num_slots, "num_sinks": num_sinks, "rings": rings}
-    options |= {"gate_write_logit": gate_write, "gate_keep_logit": gate_keep, "hybrid_window": window}
+    keep_softmax = tuple(keep_softmax)
+    if source.family.recurrent:
+        wanted = {"start": start, "num_slots": num_slots, "keep_softmax": keep_softmax or None, "window": window}
+        _check_unchanged(source.name, values, **wanted)
+    options = {"start": "routed", "num_slots": DEFAULT_SLOTS}
+    options |= {name: x for name, x in {"start": start, "num_slots": num_slots}.items() if x is not None} | values
+    _warn_without_effect(options["start"], num_sinks=num_sinks, gate_write_logit=gate_write, gate_keep_logit=gate_keep)
+    options |= {"num_sinks": num_sinks, "gate_write_logit": gate_write, "gate_keep_logit": gate_keep}
+    options |= {"hybrid_window": window}
     try:
-        config = T2RConfig(**values, **options)
+        config = T2RConfig(**options)
     except Exception as error:  # whatever transformers makes of fields that make no sense
         raise ValueError(one_line(error)) from error
-    config.layer_types = _layer_types(config, keep_softmax)
-    _check_tensors(source, config)
+    if not source.family.recurrent:
+        config.layer_types = _layer_types(config, keep_softmax)
+    return plan_for(source, config)
+
+
+def plan_for(source: Source, config: T2RConfig) -> Plan:
+    """Plan the conversion of a model whose configuration afterwards is known. Completes the configuration.
+
+    Args:
+        source: from `read_source` or `open_source`.
+        config: of the converted model.
+
+    Raises:
+        ValueError: the source's tensors do not fit the configuration (all of them are named).
+    """
+    check_tensors(source, config)
     kept = _source_tensors(source, config)
     dtype = _main_dtype(kept)
     config.architectures = ["T2RForCausalLM"]
     config.dtype = DTYPES[dtype]
-    choose = start == "routed" and rings is None
-    return Plan(source, config, DTYPES[dtype], (*kept, *_new_tensors(config, dtype)), choose)
+    new = () if source.family.recurrent else _new_tensors(config, dtype)
+    return Plan(source, config, DTYPES[dtype], (*kept, *new))
+
+
+def _check_unchanged(source: str, values: dict[str, Any], **wanted: Any) -> None:
+    other = [name for name, value in wanted.items() if value not in (None, values.get(name))]
+    if other:
+        raise ValueError(
+            f"{source}: has Gated Slot Attention already, of start {values['start']!r} with {values['num_slots']} "
+            f"slots; leave out {', '.join(other)}"
+        )
 
 
 def _warn_without_effect(start: str, **settings: float) -> None:
@@ -189,7 +209,8 @@ def _all_softmax(config: T2RConfig) -> T2RConfig:
     return twin
 
 
-def _check_tensors(source: Source, config: T2RConfig) -> None:
+def check_tensors(source: Source, config: T2RConfig) -> None:
+    """Raise ValueError if a source's tensors are not those that its family and configuration expect."""
     expected, found = source.family.expected_tensors(config), source.tensors
     shared = [name for name in expected if name in found]
     problems = {

@@ -9,7 +9,8 @@ from t2r_conversion.plan import Plan
 
 def render(plan: Plan) -> Group:
     """The plan as rich tables: what becomes of the tensors, the layers, and memory against the KV cache."""
-    return Group(_tensors(plan), _layers(plan), _memory(plan))
+    tables = [_tensors(plan), _layers(plan)]
+    return Group(*tables if plan.source.family.recurrent else [*tables, _memory(plan)])
 
 
 def _tensors(plan: Plan) -> Table:

@@ -1,9 +1,10 @@
-"""Safetensors files as bytes: taken over whole, or with some of their tensors. None is read as numbers."""
+"""Safetensors files as bytes: taken over whole, or tensor by tensor under other names. None is read as numbers."""
 
 import json
 import os
 import shutil
 import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 COPY_BYTES = 1 << 20
@@ -49,16 +50,27 @@ def _clone(source: Path, target: Path) -> bool:
     return True
 
 
-def copy_tensors(source: Path, target: Path, names: set[str]) -> None:
-    """Copy a safetensors file with only these tensors, as bytes: memory does not depend on its size."""
+def copy_tensors(source: Path, target: Path, names: Mapping[str, Sequence[str]]) -> None:
+    """Copy tensors of a safetensors file into another, as bytes: memory does not depend on their sizes.
+
+    Args:
+        source: a safetensors file.
+        target: the file to write.
+        names: for each tensor to copy, what it is called in `target`; of several names each gets an equal part of its
+            rows, in order.
+    """
     with source.open("rb") as reader, target.open("wb") as writer:
         (length,) = struct.unpack("<Q", reader.read(8))
         header = json.loads(reader.read(length))
         spans = sorted((*header[name]["data_offsets"], name) for name in names)
         kept, offset = {"__metadata__": {"format": "pt"}}, 0
         for begin, end, name in spans:
-            kept[name] = header[name] | {"data_offsets": [offset, offset + end - begin]}
-            offset += end - begin
+            parts, shape, size = names[name], header[name]["shape"], (end - begin) // len(names[name])
+            if len(parts) > 1:
+                shape = [shape[0] // len(parts), *shape[1:]]
+            for part in parts:
+                kept[part] = header[name] | {"shape": shape, "data_offsets": [offset, offset + size]}
+                offset += size
         encoded = json.dumps(kept).encode()
         encoded += b" " * (-len(encoded) % 8)  # safetensors keeps the data aligned
         writer.write(struct.pack("<Q", len(encoded)) + encoded)

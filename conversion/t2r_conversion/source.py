@@ -13,6 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from yaml import YAMLError
 
 from t2r_conversion.families import Family, family_of
+from t2r_conversion.fla import renamed, unpack_fla
+from t2r_conversion.fla_config import read_fla_config
 from t2r_conversion.gguf import read_gguf_header, unpack_gguf
 from t2r_conversion.headers import INDEX, SINGLE, SourceTensor, one_line, read_headers, read_json
 from t2r_conversion.pickles import pickled, read_pickles, unpack_pickles
@@ -46,11 +48,12 @@ class Source:
 
     Attributes:
         name: a Hub id, or the last component of a local path.
-        kind: "folder", "hub" (weights not downloaded), "gguf" or "pickle" (weights not unpacked).
+        kind: "folder", "hub" (weights not downloaded), "gguf" or "pickle" (weights not unpacked), or "fla" (tensors
+            not renamed).
         folder: where its files are.
         family: its family.
         config: its configuration.
-        tensors: its tensors' headers by name.
+        tensors: its tensors' headers by name, as the converted model has it.
         temporary: whether its files may be moved away.
         license: what its model card or GGUF header names, or None.
     """
@@ -83,12 +86,12 @@ def read_source(source: str | Path) -> Source:
 
 @contextmanager
 def open_source(source: str | Path | Source, *, scratch: str | Path | None = None) -> Iterator[Source]:
-    """A model with its weights in safetensors files on this machine, downloaded or unpacked if they must be.
+    """A model with its weights in safetensors files on this machine, downloaded, unpacked or renamed if they must be.
 
     Args:
         source: what `read_source` takes, or what it returned.
-        scratch: folder to unpack a GGUF file or pickled weights in, emptied first and removed afterwards; one among
-            the system's temporary files when not given.
+        scratch: folder to unpack a GGUF file or pickled weights in, or to rename tensors in; emptied first and removed
+            afterwards; one among the system's temporary files when not given.
 
     Raises:
         ValueError: as `read_source`, or the weights cannot be had.
@@ -99,19 +102,29 @@ def open_source(source: str | Path | Source, *, scratch: str | Path | None = Non
         yield source
     elif source.kind == "hub":
         shards = sorted({tensor.shard for tensor in source.tensors.values()})
-        yield _read_folder(_download(source.name, [*shards, INDEX, "config.json", CARD, *SMALL_FILES]), source.name)
+        folder = _download(source.name, [*shards, INDEX, "config.json", CARD, *SMALL_FILES])
+        with open_source(_read_folder(folder, source.name), scratch=scratch) as opened:
+            yield opened
     else:
         folder = Path(scratch or mkdtemp(prefix="t2r-"))
         try:
             _empty(folder)
-            if source.kind == "gguf":
-                unpack_gguf(source.folder / source.name, source.config, folder)
-            else:
-                unpack_pickles(source.folder, folder)
-                copy_small_files(source.folder, folder)
-            yield replace(_read_folder(folder, source.name), temporary=True, license=source.license)
+            with open_source(_unpacked(source, folder), scratch=folder / "renamed") as opened:
+                yield replace(opened, temporary=True, license=source.license)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unpacked(source: Source, folder: Path) -> Source:
+    if source.kind == "gguf":
+        unpack_gguf(source.folder / source.name, source.config, folder)
+        return _read_folder(folder, source.name)
+    copy_small_files(source.folder, folder)
+    if source.kind == "fla":
+        unpack_fla(source.folder, source.config, folder)
+        return replace(source, kind="folder", folder=folder)
+    unpack_pickles(source.folder, folder)
+    return _read_folder(folder, source.name)
 
 
 def _empty(folder: Path) -> None:
@@ -136,17 +149,28 @@ def copy_small_files(folder: Path, to: Path) -> None:
 def _read_folder(folder: Path, name: str) -> Source:
     family, config = _read_config(folder)
     if pickled(folder) and not any((folder / file).exists() for file in (SINGLE, INDEX)):
-        return Source(name, "pickle", folder, family, config, read_pickles(folder), license=_licence(folder))
-    return Source(name, "folder", folder, family, config, read_headers(folder), license=_licence(folder))
+        return _source(name, "pickle", folder, family, config, read_pickles(folder))
+    return _source(name, "folder", folder, family, config, read_headers(folder))
+
+
+def _source(
+    name: str, kind: str, folder: Path, family: Family, config: PreTrainedConfig, tensors: dict[str, SourceTensor]
+) -> Source:
+    if family.recurrent:
+        kind = "fla" if kind == "folder" else kind
+        tensors = renamed(tensors, config, str(folder))
+    return Source(name, kind, folder, family, config, tensors, license=_licence(folder))
 
 
 def _read_hub(name: str) -> Source:
     folder = _download(name, ["config.json", INDEX, CARD, *SMALL_FILES])
     family, config = _read_config(folder)
     try:
-        return Source(name, "folder", folder, family, config, read_headers(folder), license=_licence(folder))
+        tensors = read_headers(folder)
     except ValueError:
         pass  # not downloaded before: the headers can be had alone
+    else:
+        return _source(name, "folder", folder, family, config, tensors)
     try:
         files = get_safetensors_metadata(name).files_metadata
     except (OSError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
@@ -159,7 +183,7 @@ def _read_hub(name: str) -> Source:
         for shard, header in files.items()
         for tensor, info in header.tensors.items()
     }
-    return Source(name, "hub", folder, family, config, tensors, license=_licence(folder))
+    return _source(name, "hub", folder, family, config, tensors)
 
 
 def _read_gguf(path: Path) -> Source:
@@ -192,6 +216,8 @@ def _download(name: str, patterns: list[str]) -> Path:
 def _read_config(folder: Path) -> tuple[Family, PreTrainedConfig]:
     raw = read_json(folder / "config.json", "give a Hugging Face model folder")
     family = family_of(raw.get("model_type"), raw.get("architectures"), f"{folder / 'config.json'}")
+    if family.recurrent:
+        return family, read_fla_config(raw, str(folder / "config.json"))
     try:
         return family, AutoConfig.from_pretrained(folder)
     except Exception as error:  # whatever transformers makes of fields that make no sense

@@ -62,7 +62,7 @@ def write(
         partial.mkdir(parents=True)
         about = _write_weights(plan, partial, progress or (lambda _done, _total: None), calibration, hard_link)
         copy_small_files(plan.source.folder, partial)
-        (partial / "config.json").write_text(plan.config.to_json_string(), encoding="utf-8")
+        plan.config.save_pretrained(partial)  # with the code of the model
         write_record(partial, {"conversion": _record(plan) | about})
 
 
@@ -139,10 +139,7 @@ def _bytes_to_write(plan: Plan, links: bool) -> int:
 def _write_weights(
     plan: Plan, folder: Path, progress: Progress, calibration: Calibration | None, hard_link: bool
 ) -> dict:
-    """All shards and the index; returns what to record: how shards came, and of routers, layer by layer.
-
-    Sizes of rings that were chosen are then in the plan's configuration.
-    """
+    """All shards and the index; returns what to record: how shards came, and of routers, layer by layer."""
     shards = sorted({tensor.shard for tensor in plan.having("copied")})
     spoilt = {tensor.shard for tensor in plan.having("dropped")}
     new = plan.having("new")
@@ -154,7 +151,7 @@ def _write_weights(
     for shard in shards:
         kept = [tensor for tensor in plan.having("copied") if tensor.shard == shard]
         if shard in spoilt:
-            copy_tensors(plan.source.folder / shard, folder / targets[shard], {t.name for t in kept})
+            copy_tensors(plan.source.folder / shard, folder / targets[shard], {t.name: [t.name] for t in kept})
             came["written"] += 1
         elif plan.source.temporary:
             shutil.move(plan.source.folder / shard, folder / targets[shard])
@@ -166,9 +163,8 @@ def _write_weights(
     fitted, about = {}, {}
     if calibration:
         files = {tensor.name: folder / targets[tensor.shard] for tensor in plan.having("copied")}
-        fit = fit_routers(plan.config, files, calibration.windows, plan.choose_rings, calibration.progress)
-        fitted, plan.config.rings = fit.tensors, fit.rings if plan.choose_rings else plan.config.rings
-        figures = {"r_squared": fit.r_squared, "errors": fit.errors}
+        fit = fit_routers(plan.config, files, calibration.windows, calibration.progress)
+        fitted, figures = fit.tensors, {"r_squared": fit.r_squared, "errors": fit.errors}
         figures = {name: [round(x, 4) for x in each] for name, each in figures.items()}
         about = {"calibration": calibration.as_dict() | figures}
     if new:

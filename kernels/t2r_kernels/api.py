@@ -18,9 +18,10 @@ logger = logging.getLogger(__name__)
 
 # Where Triton compiles (a CUDA build of PyTorch), or interprets its kernels on the CPU, slowly, to test them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.version.cuda is not None)
-if HAS_TRITON:
+ops = None
+if importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.version.cuda is not None):
     from t2r_kernels.triton import ops
+HAS_TRITON = ops is not None  # never in the copy that a saved model brings along
 
 REFERENCE = {"naive": naive_gsa, "torch": chunk_gsa}
 BACKENDS = (*REFERENCE, "triton")

@@ -12,8 +12,13 @@ from t2r.cli.options import Json, Output, Overwrite
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder, a Hub id, or a .gguf file.")],
     output: Output,
-    start: Annotated[str, typer.Option(help="How the recurrent layers begin: routed, window or paper.")] = "routed",
-    slots: Annotated[int, typer.Option(help="Slots of each key/value head.")] = 64,
+    source_format: Annotated[
+        str | None, typer.Option("--from", metavar="fla", help="Refuse what is not flash-linear-attention's GSA.")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="How the recurrent layers begin: routed (the default), window or paper.")
+    ] = None,
+    slots: Annotated[int | None, typer.Option(help="Slots of each key/value head; 64 if not given.")] = None,
     sinks: Annotated[int, typer.Option(help="Window and routed start: slots that keep the first tokens.")] = 4,
     keep_softmax: Annotated[str, typer.Option(metavar="0,8,16", help="Layers that keep softmax attention.")] = "",
     window: Annotated[
@@ -30,10 +35,6 @@ def convert(
         str | None, typer.Option(metavar="TEXT", help="Routed start: a .txt or .jsonl file that routers are fitted to.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Routed start: of that text, at most.")] = 32768,
-    rings: Annotated[
-        str,
-        typer.Option(metavar="24,36", help="Routed start: sizes of the rings of slots, if not chosen for each layer."),
-    ] = "",
     hard_link: Annotated[
         bool, typer.Option("--hard-link", help="Share unchanged shards with the source; write to neither afterwards.")
     ] = False,
@@ -44,10 +45,15 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     json: Json = False,
 ) -> None:
-    """Convert a softmax Transformer (Llama, Mistral, Qwen2, Qwen3) into a recurrent T2R model."""
+    """Convert a softmax Transformer (Llama, Mistral, Qwen2, Qwen3) into a recurrent T2R model.
+
+    Gated Slot Attention models of flash-linear-attention become T2R models as they are.
+    """
     import t2r_conversion
     from t2r_conversion.record import read_record
 
+    if verify:
+        _check_verifiable(source)
     gates = {"gate_write": gate_write, "gate_keep": gate_keep}
     with progress_bar("converting") as progress:
         plan = t2r_conversion.convert(
@@ -56,13 +62,13 @@ def convert(
             start=start,
             num_slots=slots,
             num_sinks=sinks,
-            keep_softmax=_numbers(keep_softmax, "--keep-softmax", "layer numbers"),
+            keep_softmax=_numbers(keep_softmax, "--keep-softmax"),
             window=window,
-            rings=_numbers(rings, "--rings", "sizes") or None,
             calibrate=calibrate,
             calibration_tokens=calibration_tokens,
             **{name: value for name, value in gates.items() if value is not None},
             hard_link=hard_link,
+            source_format=source_format,
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,
@@ -81,6 +87,16 @@ def convert(
         _verify(source, output)
 
 
+def _check_verifiable(source: str) -> None:
+    from t2r_conversion import read_source
+
+    if read_source(source).family.recurrent:
+        raise ValueError(
+            f"--verify compares softmax attention, which {source} has none of; python -m benchmarks.checkpoints "
+            "compares with flash-linear-attention, on a GPU"
+        )
+
+
 def _verify(source: str, output: Path) -> None:
     from t2r.evaluation import verify_conversion
     from t2r_conversion.calibrate import reference
@@ -93,8 +109,8 @@ def _verify(source: str, output: Path) -> None:
     )
 
 
-def _numbers(text: str, option: str, what: str) -> list[int]:
+def _numbers(text: str, option: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")] if text.strip() else []
     except ValueError as error:
-        raise ValueError(f"{option} {text!r}: give {what} with commas between them, as 0,8,16") from error
+        raise ValueError(f"{option} {text!r}: give layer numbers with commas between them, as 0,8,16") from error

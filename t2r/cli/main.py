@@ -15,6 +15,7 @@ from t2r.cli.console import err
 from t2r.cli.convert import convert
 from t2r.cli.env import env
 from t2r.cli.evaluate import evaluation
+from t2r.cli.export import export
 from t2r.cli.generate import generate
 from t2r.cli.inspect import inspect
 from t2r.cli.merge import merge
@@ -51,6 +52,7 @@ app = typer.Typer(
 app.command()(convert)
 app.command()(train)
 app.command()(merge)
+app.command()(export)
 app.add_typer(evaluation, name="eval")
 app.command()(generate)
 app.command()(inspect)

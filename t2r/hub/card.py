@@ -39,19 +39,22 @@ def build_card(folder: str | Path, repo: str | None = None) -> ModelCard:
     Raises:
         ValueError: this is no model folder, or a file in it is damaged.
     """
-    facts = model_facts(folder)
-    repo = repo or Path(folder).resolve().name
+    return card_of(model_facts(folder), repo or Path(folder).resolve().name)
+
+
+def card_of(facts: ModelFacts, repo: str, base: str | None = None) -> ModelCard:
+    """The card of a model that these facts are of; or, with a base, of the adapter that makes it of that."""
     sections = [
         MARK,
         _summary(facts, repo),
-        _usage(repo),
+        _usage(repo) if base is None else _adapter_usage(repo, base),
         _conversion(facts),
         _training(facts),
         _evaluation(facts),
         _limits(facts),
     ]
     body = "\n\n".join(section for section in sections if section)
-    return ModelCard(f"---\n{_metadata(facts, repo).to_yaml()}\n---\n\n{body}\n")
+    return ModelCard(f"---\n{_metadata(facts, repo, base).to_yaml()}\n---\n\n{body}\n")
 
 
 def own_card(folder: str | Path) -> ModelCard | None:
@@ -62,11 +65,12 @@ def own_card(folder: str | Path) -> ModelCard | None:
     return ModelCard.load(path)
 
 
-def _metadata(facts: ModelFacts, repo: str) -> ModelCardData:
+def _metadata(facts: ModelFacts, repo: str, base: str | None) -> ModelCardData:
     conversion = facts.record.get("conversion", {})
     results = _eval_results(facts)
     return ModelCardData(
-        base_model=_hub_id(conversion.get("source")),
+        base_model=base or hub_id(conversion.get("source")),
+        base_model_relation="adapter" if base else None,
         license=conversion.get("license"),
         library_name="t2r",
         pipeline_tag="text-generation",
@@ -98,7 +102,7 @@ def _summary(facts: ModelFacts, repo: str) -> str:
     source = facts.record.get("conversion", {}).get("source")
     origin = "a pretrained softmax Transformer"
     if source:
-        origin = f"[{source}](https://huggingface.co/{source})" if _hub_id(source) else f"`{Path(source).name}`"
+        origin = f"[{source}](https://huggingface.co/{source})" if hub_id(source) else f"`{Path(source).name}`"
     return (
         f"# {repo.split('/')[-1]}\n\n"
         f"A recurrent language model made from {origin}: {_layers(facts)}. Converted with `t2r`."
@@ -108,28 +112,44 @@ def _summary(facts: ModelFacts, repo: str) -> str:
 def _layers(facts: ModelFacts) -> str:
     total = sum(facts.layers.values())
     converted = sum(facts.layers.get(kind, 0) for kind in SLOT_ATTENTION)
+    which = f"all {total} layers" if converted == total else f"{converted} of its {total} layers"
     beside = "" if facts.window is None else f" beside a softmax window of {facts.window} tokens"
-    if converted == total:
-        return f"the softmax attention of all {total} layers is replaced by {PAPER}{beside}, whose memory does not grow"
-    return f"the softmax attention of {converted} of its {total} layers is replaced by {PAPER}{beside}"
+    memory = ", whose memory does not grow" if converted == total else ""
+    if facts.record.get("conversion", {}).get("family") == "gsa":
+        return f"as there, {which} are {PAPER}{memory}"
+    return f"the softmax attention of {which} is replaced by {PAPER}{beside}{memory}"
 
 
 def _usage(repo: str) -> str:
     return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)
+```
+
+This runs the code in this repository, in PyTorch. With `pip install t2r` it is t2r's own, with Triton kernels on a GPU;
+after `import t2r`, `trust_remote_code` is not needed. From a shell: `t2r generate {repo} --prompt "Hello"`"""
+
+
+def _adapter_usage(repo: str, base: str) -> str:
+    return f"""## Use
+
+These are adapters and added parameters: the model itself is made of them and [{base}](https://huggingface.co/{base}).
 
 ```
 pip install t2r
 ```
 
 ```python
-import t2r  # makes transformers know the model type
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from t2r.model import T2RForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = T2RForCausalLM.from_adapter("{base}", "{repo}")
 ```
 
-From a shell: `t2r generate {repo} --prompt "Hello"`"""
+As a folder: `t2r merge {repo} -o OUT`"""
 
 
 def _conversion(facts: ModelFacts) -> str:
@@ -202,7 +222,8 @@ def _limits(facts: ModelFacts) -> str:
     return "## Limits\n\n" + "\n".join(lines)
 
 
-def _hub_id(source: str | None) -> str | None:
+def hub_id(source: str | None) -> str | None:
+    """What is recorded as a source, if that is a model's name on the Hub."""
     return source if source and HUB_ID.fullmatch(source) else None
 
 

@@ -1,38 +1,18 @@
 """Upload a model folder to the Hugging Face Hub: the model's files and nothing else."""
 
-import glob
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 
-from t2r.hub.card import CARD, build_card, own_card
-from t2r.hub.facts import read_config
-from t2r_conversion.headers import read_headers
-from t2r_conversion.record import RECORD
-from t2r_conversion.source import SMALL_FILES
+from t2r.hub.card import CARD
+from t2r.hub.contents import Contents, check_private, model_contents
+from t2r_conversion.headers import one_line
 
-MODEL_FILES = (
-    *SMALL_FILES,
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "report.md",
-    "report.png",
-    RECORD,
-)
-TRAINING_STATE = (
-    "checkpoint-*",
-    "global_step*",
-    "optimizer*",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*",
-    "trainer_state.json",
-    "training_args.bin",
-)
+REPLACED = ("*.safetensors", "*.safetensors.index.json")  # an earlier push's would be loaded beside or before the new
 
 
 @dataclass(frozen=True)
@@ -58,63 +38,60 @@ def push(
     dry_run: bool = False,
     revision: str | None = None,
     commit_message: str | None = None,
+    adapter_only: bool = False,
+    base: str | None = None,
 ) -> Push:
-    """Upload a model folder, with a model card made from its own record.
+    """Upload a model folder, with the code that loads it and a model card made from its own record; or an adapter.
 
-    The card is written to the folder as `README.md` before the upload. A `README.md` that someone wrote by hand is
-    uploaded as it is. The Hub token is huggingface_hub's: from `hf auth login` or the environment.
+    All goes in one commit; nothing is written to the folder. A `README.md` that someone wrote by hand is uploaded as it
+    is. What reached the Hub before an upload failed is not sent again by the next. The Hub token is huggingface_hub's:
+    from `hf auth login` or the environment.
 
     Args:
-        folder: a model folder.
+        folder: a model folder, or with `adapter_only` that of a finished `t2r train`.
         repo: the repository on the Hub, "owner/name"; created if it is not there.
         private: create it private. An existing public repository is refused.
-        dry_run: touch neither folder nor network.
+        dry_run: do not touch the network.
         revision: branch to commit to, created if it is not there; the default branch when None.
         commit_message: title of the commit.
+        adapter_only: what the run has learnt, which makes the model again of its base: `T2RForCausalLM.from_adapter`.
+        base: of an adapter: name on the Hub of the model that was converted; None for the one that the record names.
 
     Raises:
-        ValueError: `repo` is no such name, the folder holds no model or training state, `repo` is public against
-            `private`, or the Hub cannot be reached or refuses.
+        ValueError: `repo` is no such name, the folder holds no model or something private (see `check_private`), `repo`
+            is public against `private`, or the Hub cannot be reached or refuses.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ValueError(f"{repo!r} is not the name of a repository on the Hub; give OWNER/NAME")
     folder = Path(folder)
-    names = files_to_push(folder)
-    card = own_card(folder) or build_card(folder, repo)
-    sizes = [(name, (folder / name).stat().st_size) for name in names]
-    files = sorted([*sizes, (CARD, len(str(card).encode()))])
+    if adapter_only:
+        from t2r.hub.adapter import adapter_contents  # PEFT takes its time
+
+        contents = adapter_contents(folder, repo, base)
+    elif base is not None:
+        raise ValueError(f"base {base!r} is of an adapter; push one with --adapter-only")
+    else:
+        contents = model_contents(folder, repo)
+    check_private(folder, contents)
+    files = sorted((name, _size(content)) for name, content in contents.items())
+    card = ModelCard(contents[CARD].decode())
     if dry_run:
         return Push(files, card)
     try:
         _prepare_repo(repo, private, revision)
-        if own_card(folder) is None:
-            card.save(folder / CARD)
-        url = _upload(folder, repo, [*names, CARD], revision, commit_message)
-    except HTTPError as error:
-        raise ValueError(f"{repo}: the Hub refuses or cannot be reached: {error}") from error
-    return Push(files, card, url)
-
-
-def files_to_push(folder: Path) -> list[str]:
-    """Names of a model folder's files that belong on the Hub, sorted, without the card.
-
-    Raises:
-        ValueError: the folder holds no model, or training state.
-    """
-    state = _matching(folder, TRAINING_STATE)
-    if state:
+        return Push(files, card, _upload(contents, repo, revision, commit_message))
+    except (HTTPError, RuntimeError) as error:
+        cause = error if isinstance(error, HTTPError) else error.__cause__
+        if not isinstance(cause, HTTPError):  # huggingface_hub says RuntimeError of a large file that did not arrive
+            raise
         raise ValueError(
-            f"{folder}: holds training state ({', '.join(state)}), which does not belong on the Hub; "
-            f"make a model of the run first: t2r merge {folder} -o OUT"
-        )
-    read_config(folder)
-    read_headers(folder)
-    return [name for name in _matching(folder, MODEL_FILES) if (folder / name).is_file()]
+            f"{repo}: the Hub refuses or cannot be reached: {one_line(cause)} (pushed again, it sends only what has "
+            "not arrived)"
+        ) from error
 
 
-def _matching(folder: Path, patterns: tuple[str, ...]) -> list[str]:
-    """Names below a folder that match; none if there is no such folder."""
-    return sorted({path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)})
+def _size(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def _prepare_repo(repo: str, private: bool, revision: str | None) -> None:
@@ -127,12 +104,17 @@ def _prepare_repo(repo: str, private: bool, revision: str | None) -> None:
         api.create_branch(repo, branch=revision, exist_ok=True)
 
 
-def _upload(folder: Path, repo: str, names: list[str], revision: str | None, commit_message: str | None) -> str:
-    commit = HfApi(library_name="t2r").upload_folder(
-        repo_id=repo,
-        folder_path=folder,
-        allow_patterns=[glob.escape(name) for name in names],
-        revision=revision,
+def _upload(contents: Contents, repo: str, revision: str | None, commit_message: str | None) -> str:
+    api = HfApi(library_name="t2r")
+    there = api.list_repo_files(repo, revision=revision)
+    old = {name for name in there for pattern in REPLACED if fnmatch(name, pattern)} - contents.keys()
+    commit = api.create_commit(
+        repo,
+        [
+            *(CommitOperationDelete(name) for name in sorted(old)),
+            *(CommitOperationAdd(name, content) for name, content in contents.items()),
+        ],
         commit_message=commit_message or "Upload model with t2r",
+        revision=revision,
     )
     return commit.commit_url

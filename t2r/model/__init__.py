@@ -3,7 +3,6 @@
 Importing it registers the model type "t2r" with transformers' Auto classes.
 """
 
-import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from t2r.model.cache import T2RCache
@@ -16,10 +15,6 @@ from t2r.model.configuration_t2r import (
 )
 from t2r.model.modeling_t2r import T2RForCausalLM, T2RModel, T2RPreTrainedModel
 from t2r.model.starts import STARTS, new_parameters, new_tensors
-
-# The first call of these in a process can be imprecise when several threads make it (pytorch/pytorch#188792).
-for function in (torch.cos, torch.sin, torch.exp, torch.expm1, torch.sigmoid):
-    function(torch.ones(1))
 
 AutoConfig.register(T2RConfig.model_type, T2RConfig)
 AutoModel.register(T2RConfig, T2RModel)

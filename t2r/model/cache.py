@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from t2r_kernels import Held
+
 from .configuration_t2r import HYBRID_ATTENTION, LINEAR_ATTENTION, T2RConfig
 from .window import Tokens
 
@@ -22,7 +24,7 @@ class SlotCacheLayer(CacheLayerMixin):
     def __init__(self):
         super().__init__()
         self.cumulative_length = 0
-        self.written: Tensor | None = None  # [B, H, rings], see t2r.model.rings
+        self.held: Held | None = None  # what the slots of a routed layer hold
         self.recent: Tokens | None = None  # [B, window, ...], of a hybrid layer: not in slots yet
 
     @property
@@ -32,9 +34,9 @@ class SlotCacheLayer(CacheLayerMixin):
             self.keys, self.values = self.keys.clone(), self.values.clone()  # to be written again, outside that mode
         return (self.keys, self.values) if self.cumulative_length else None
 
-    def update(self, key_states, value_states, *args, num_tokens: int, written=None, recent=None, **kwargs):  # noqa: ARG002
+    def update(self, key_states, value_states, *args, num_tokens: int, held=None, recent=None, **kwargs):  # noqa: ARG002
         """Keep the state that `num_tokens` more tokens have led to."""
-        self.keys, self.values, self.written, self.recent = key_states, value_states, written, recent
+        self.keys, self.values, self.held, self.recent = key_states, value_states, held, recent
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
         self.cumulative_length += num_tokens
@@ -73,11 +75,11 @@ class SlotCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.written = self.recent = None
+        self.held = self.recent = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         self.keys, self.values = change(self.keys), change(self.values)
-        self.written = None if self.written is None else change(self.written)
+        self.held = None if self.held is None else Held(*map(change, self.held))
         self.recent = None if self.recent is None else Tokens(*map(change, self.recent))
 
     def crop(self, tokens_to_remove: int) -> None:

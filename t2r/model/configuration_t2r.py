@@ -1,10 +1,13 @@
 """T2RConfig: the source model's shape, plus how its attention was replaced."""
 
 import math
+from os import PathLike
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .export import AUTO_MAP, write_code
 
 SIZES = (
     "vocab_size",
@@ -38,11 +41,10 @@ class T2RConfig(PreTrainedConfig):
         start: how the layers were started, "window", "routed" or "paper" (see `t2r.model.starts`).
         num_slots: slots M of each key/value head.
         num_sinks: window and routed start: slots that keep the first tokens for ever.
-        rings: routed start: sizes of the rings that the other slots form, at least two of them; or a list of such
-            sizes for each layer, all of as many rings.
         gate_write_logit: these too: the scheduled slot's gate is `sigmoid(-gate_write_logit)` at the start.
         gate_keep_logit: these too: the other slots' gates are `sigmoid(gate_keep_logit)` at the start.
         gate_logit_normalizer: paper start: the temperature τ of the gates, `sigmoid(x) ** (1 / τ)`.
+        output_norm_eps: paper start: epsilon of the norm before the output projection; None for `rms_norm_eps`.
 
     The remaining arguments are those of `transformers.LlamaConfig`.
 
@@ -82,10 +84,10 @@ class T2RConfig(PreTrainedConfig):
     start: str = "window"
     num_slots: int = 64
     num_sinks: int = 4
-    rings: list[int] | list[list[int]] | None = None
     gate_write_logit: float = 7.0
     gate_keep_logit: float = 12.0
     gate_logit_normalizer: float = 8.0
+    output_norm_eps: float | None = None
 
     def __post_init__(self, **kwargs):
         for name in SIZES:
@@ -104,17 +106,11 @@ class T2RConfig(PreTrainedConfig):
         if rope not in ("default", *ROPE_INIT_FUNCTIONS):
             raise ValueError(f"rope_type {rope!r} is not one that transformers knows: {', '.join(ROPE_INIT_FUNCTIONS)}")
 
-    def rings_of(self, layer: int) -> list[int]:
-        """Sizes of a layer's rings.
-
-        Raises:
-            ValueError: `rings` names each layer's, and not this one's.
-        """
-        if not isinstance(self.rings[0], list | tuple):
-            return self.rings
-        if len(self.rings) != self.num_hidden_layers:
-            raise ValueError(f"rings name {len(self.rings)} layers, num_hidden_layers is {self.num_hidden_layers}")
-        return self.rings[layer]
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs) -> None:
+        """As transformers does, and beside it the model's own code, for those who have no t2r (see `export`)."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+        write_code(save_directory)
 
     @property
     def softmax_type(self) -> str:
@@ -127,8 +123,9 @@ class T2RConfig(PreTrainedConfig):
         return [i for i, kind in enumerate(self.layer_types) if kind in SLOT_ATTENTION]
 
     def state_elements(self) -> int:
-        """Numbers in the slots of one sequence, over all layers that have them (each is fp32)."""
-        return len(self.slot_layers) * self.num_key_value_heads * self.num_slots * 2 * self.head_dim
+        """Numbers in the slots of one sequence, over all layers that have them (each of four bytes)."""
+        about = 2 if self.start == "routed" else 0  # the worth and the position of what a slot holds
+        return len(self.slot_layers) * self.num_key_value_heads * self.num_slots * (2 * self.head_dim + about)
 
     def state_bytes(self, itemsize: int) -> int:
         """Bytes of the recurrent state of one sequence: its slots, and the windows of hybrid layers.
@@ -159,7 +156,6 @@ class T2RConfig(PreTrainedConfig):
                 f"num_sinks must be at least 0 and below num_slots, got num_sinks={self.num_sinks}, "
                 f"num_slots={self.num_slots}"
             )
-        self._check_rings()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -178,34 +174,3 @@ class T2RConfig(PreTrainedConfig):
             )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention layers, but sliding_window is not set")
-
-    def _check_rings(self) -> None:
-        if self.start != "routed":
-            if self.rings is not None:
-                raise ValueError(f"rings belong to start 'routed', got start {self.start!r}")
-            return
-        if self.num_slots - self.num_sinks < 2:
-            raise ValueError(
-                f"start 'routed' needs two slots beside the sinks, got num_slots={self.num_slots}, "
-                f"num_sinks={self.num_sinks}; use more slots, or start 'window'"
-            )
-        if self.rings is None:
-            self.rings = default_rings(self.num_slots, self.num_sinks)
-        if not self.rings:
-            raise ValueError("rings must be two or more, got none")
-        each = [self.rings_of(layer) for layer in range(self.num_hidden_layers)]
-        for rings in each:
-            if len(rings) < 2 or min(rings) < 1 or self.num_sinks + sum(rings) != self.num_slots:
-                raise ValueError(
-                    "rings must be two or more and together be num_slots - num_sinks = "
-                    f"{self.num_slots - self.num_sinks} slots, got {rings}"
-                )
-        if len({len(rings) for rings in each}) > 1:
-            raise ValueError("rings must be as many in each layer")
-
-
-def default_rings(num_slots: int, num_sinks: int) -> list[int]:
-    """A short ring for most tokens and a long one for the few."""
-    slots = num_slots - num_sinks
-    short = max(1, min(28, slots * 2 // 5))
-    return [short, slots - short]

@@ -22,17 +22,21 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from t2r_kernels import gsa, gsa_step
+from t2r_kernels import Held, gsa, gsa_step
 
 from .cache import T2RCache
 from .configuration_t2r import HYBRID_ATTENTION, SLOT_ATTENTION, T2RConfig
 from .packed import attend_by_document, attends_by_document
 from .positions import Positions
-from .rings import Router, ring_schedule
+from .routing import Router, routed_schedule
 from .starts import STARTS, gate_of, slot_schedule
 from .window import Tokens, joined, window_attention
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+# The first call of these in a process can be imprecise when several threads make it (pytorch/pytorch#188792).
+for function in (torch.cos, torch.sin, torch.exp, torch.expm1, torch.sigmoid):
+    function(torch.ones(1))
 
 
 class GateProjection(nn.Linear):
@@ -92,7 +96,8 @@ class T2RAttention(nn.Module):
             if self.start.routed:
                 self.router = Router(config)
             if self.start.output_norm:
-                self.g_norm = LlamaRMSNorm(HQ * D, eps=config.rms_norm_eps)
+                eps = config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps
+                self.g_norm = LlamaRMSNorm(HQ * D, eps=eps)
 
     def forward(
         self,
@@ -126,7 +131,7 @@ class T2RAttention(nn.Module):
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         logits = self.f_proj(hidden_states).unflatten(-1, (-1, config.num_slots))  # [B, T, H, M]
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        slots, written = self.schedule(hidden_states, positions, slots, layer and layer.written)
+        slots, held = self.schedule(hidden_states, positions, slots, layer and layer.held)
         tokens, offset, recent, window = Tokens(k, v, logits, slots), positions.offset, None, None
         if self.kind == HYBRID_ATTENTION:
             recent = tokens.after(layer and layer.recent, config.hybrid_window)
@@ -149,7 +154,7 @@ class T2RAttention(nn.Module):
             )  # fmt: skip
         if layer is not None:
             recent = recent and recent.last(config.hybrid_window)
-            layer.update(*state, num_tokens=q.shape[1], written=written, recent=recent)
+            layer.update(*state, num_tokens=q.shape[1], held=held, recent=recent)
         if window is not None:
             o = joined(o, *lse, *window)
         o = o.flatten(2)  # [B, T, HQ * D]
@@ -158,12 +163,11 @@ class T2RAttention(nn.Module):
         return self.g_norm(o).to(o.dtype) if start.output_norm else o
 
     def schedule(
-        self, hidden_states: Tensor, positions: Positions, slots: Tensor, written: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The slot that each token takes over, `[B, T, H]`; a routed layer chooses it, and counts (see `rings`)."""
+        self, hidden_states: Tensor, positions: Positions, slots: Tensor, held: Held | None = None
+    ) -> tuple[Tensor, Held | None]:
+        """The slot that each token takes over, `[B, T, H]`; a routed layer chooses it by what slots hold."""
         if self.start.routed:
-            rings = self.config.rings_of(self.layer_idx)
-            return ring_schedule(self.router(hidden_states), positions, self.config, rings, written)
+            return routed_schedule(self.router(hidden_states), positions, self.config, held)
         return slots.unsqueeze(-1).expand(*slots.shape, self.config.num_key_value_heads), None
 
     def _softmax(self, q, k, v, positions, rope, attention_mask, past_key_values, **kwargs) -> Tensor:
@@ -228,7 +232,7 @@ class T2RPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=STARTS[self.config.start].gate_std)
         elif isinstance(module, Router):
             init.zeros_(module.weight)
-            init.zeros_(module.thresholds)
+            init.zeros_(module.bias)
 
     @contextmanager
     def softmax_attention(self, only: Collection[int] | None = None) -> Iterator[None]:

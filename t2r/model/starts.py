@@ -1,9 +1,9 @@
 """Ways to start a Gated Slot Attention layer: what surrounds the operator, and the gates.
 
 `window`: each token takes over one slot of a fixed schedule and everything else is kept, so that a layer begins as
-softmax attention over the first `num_sinks` tokens and the last `num_slots - num_sinks`. `routed`: the same with
-several rings, see `t2r.model.rings`. `paper`: as published (arXiv 2409.07146, section 3.3): Swish on q, k and v, gates
-from a tempered sigmoid, a norm on the output.
+softmax attention over the first `num_sinks` tokens and the last `num_slots - num_sinks`. `routed`: each token takes
+over the slot whose token is oldest for its importance, see `t2r.model.routing`. `paper`: as published (arXiv
+2409.07146, section 3.3): Swish on q, k and v, gates from a tempered sigmoid, a norm on the output.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from t2r_kernels import Gate
 
 from .configuration_t2r import T2RConfig
 from .positions import Positions
-from .rings import router_shapes
+from .routing import router_shapes
 
 
 @dataclass(frozen=True)

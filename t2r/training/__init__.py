@@ -3,6 +3,7 @@
 from t2r.training.config import TrainConfig
 from t2r.training.merge import merge
 from t2r.training.plan import Plan, plan_run, render
+from t2r.training.portable import from_adapter
 from t2r.training.recipe import load_config
 from t2r.training.report import write_report
 from t2r.training.run import dry_run, run
@@ -13,6 +14,7 @@ __all__ = [
     "Terminated",
     "TrainConfig",
     "dry_run",
+    "from_adapter",
     "load_config",
     "merge",
     "plan_run",

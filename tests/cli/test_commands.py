@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from t2r.cli.main import app
 from t2r.evaluation import evaluate_perplexity
+from tests.conversion import gsa
 from tests.tiny import WORDS, tiny_llama, tiny_t2r, tiny_text, tiny_tokenizer, write_record
 
 runner = CliRunner()
@@ -166,6 +167,23 @@ def test_convert_with_a_window(tmp_path):
     assert "hybrid_window must be at least 1, got -1" in fails(*command, "--overwrite", "--window", -1)
 
 
+def test_models_of_flash_linear_attention_in_and_out(tmp_path):
+    source = gsa.write(tmp_path / "source", gsa.CONFIG, gsa.weights(gsa.CONFIG))
+    result = run("convert", source, "-o", tmp_path / "out", "--from", "fla")
+    assert result.exit_code == 0, result.output
+    assert "Gated Slot Attention, paper start, 6 slots" in result.stdout
+    assert "KV cache" not in result.stdout
+    assert "--verify compares softmax attention" in fails("convert", source, "-o", tmp_path / "x", "--verify")
+    result = run("export", tmp_path / "out", "-o", tmp_path / "back", "--to", "fla")
+    assert result.exit_code == 0, result.output
+    assert f"written to {tmp_path / 'back'}" in result.stderr
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "gsa"
+    assert "exists already" in fails("export", tmp_path / "out", "-o", tmp_path / "back", "--to", "fla")
+    assert "--to 'x' is unknown; use fla" in fails("export", tmp_path / "out", "-o", tmp_path / "b", "--to", "x")
+    tiny_llama(tmp_path / "llama")
+    assert "a llama model" in fails("convert", tmp_path / "llama", "-o", tmp_path / "x", "--from", "fla")
+
+
 @pytest.mark.parametrize("layers", ["a", "0;1", "0,,1"])
 def test_convert_refuses_layers_that_are_no_numbers(tmp_path, layers):
     assert f"--keep-softmax {layers!r}" in fails("convert", "x", "-o", tmp_path / "out", "--keep-softmax", layers)
@@ -195,7 +213,7 @@ def test_train_passes_its_arguments_on(training):
 def test_merge_passes_its_arguments_on(training):
     result = run("merge", "runs/x", "-o", "out", "--overwrite")
     assert result.exit_code == 0
-    assert training == [("merge", ["runs/x", "out"], {"overwrite": True})]
+    assert training == [("merge", ["runs/x", "out"], {"base": None, "overwrite": True})]
     assert "written to out" in result.stderr
 
 
@@ -219,18 +237,6 @@ def test_push_dry_run_shows_files_and_card(tmp_path):
     assert not (tmp_path / "README.md").exists()
     (tmp_path / "optimizer.pt").touch()
     assert "holds training state (optimizer.pt)" in fails("push", tmp_path, "me/tiny", "--dry-run")
-
-
-def test_push_prints_where_it_went(tmp_path, monkeypatch):
-    def push(folder, repo, **options):
-        calls.append((folder, repo, options))
-        return types.SimpleNamespace(url="https://hub/commit")
-
-    calls = []
-    monkeypatch.setattr("t2r.hub.push", push)
-    assert run("push", tmp_path, "me/x", "--private", "--revision", "v1", "-m", "Hi").stdout == "https://hub/commit\n"
-    options = {"private": True, "dry_run": False, "revision": "v1", "commit_message": "Hi"}
-    assert calls == [(tmp_path, "me/x", options)]
 
 
 def test_env():

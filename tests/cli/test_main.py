@@ -15,7 +15,19 @@ import t2r
 from t2r.cli import main as cli
 from tests.tiny import tiny_t2r
 
-COMMANDS = ["convert", "train", "merge", "eval", "eval ppl", "eval layers", "generate", "inspect", "push", "env"]
+COMMANDS = [
+    "convert",
+    "train",
+    "merge",
+    "export",
+    "eval",
+    "eval ppl",
+    "eval layers",
+    "generate",
+    "inspect",
+    "push",
+    "env",
+]
 BARE = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "T2R_"))}
 runner = CliRunner()
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from t2r.model import T2RForCausalLM
 from t2r.model.positions import Positions
 from t2r_conversion import calibrate, convert
-from t2r_conversion.calibrate import calibration_of, distortion, fit_routers, lifetimes, ridge, thresholds
+from t2r_conversion.calibrate import calibration_of, distortion, fit_routers, lifetimes, ridge
 from tests.conversion import tiny
 from tests.tiny import tiny_llama, tiny_text
 
@@ -31,7 +31,7 @@ def importance(probabilities):
 
 @pytest.mark.parametrize("make", tiny.FAMILIES)
 def test_streamed_layers_see_what_the_whole_model_sees(make, tmp_path, short, monkeypatch):
-    """Inputs and importance of each layer, beside those of transformers' model with eager attention."""
+    """Inputs and importance of each layer where slots hold all, beside those of transformers with eager attention."""
     window = {"sliding_window": 20} if make is tiny.mistral else {}
     source = make(tmp_path / "source", **window)
     convert(source, tmp_path / "out", start="window", num_slots=8)
@@ -45,11 +45,13 @@ def test_streamed_layers_see_what_the_whole_model_sees(make, tmp_path, short, mo
     with torch.no_grad(), model.softmax_attention():
         model(windows, use_cache=False)
     seen = []
-    monkeypatch.setattr(calibrate, "ridge", lambda x, y: seen.append((x, y)) or (torch.zeros(2, 32), 0.0))
+    monkeypatch.setattr(
+        calibrate, "ridge", lambda x, y: seen.append((x, y)) or (torch.zeros(2, 32), torch.zeros(2), 0.0)
+    )
     shard = next((tmp_path / "source").glob("*.safetensors"))
     config = model.config
-    config.start, config.rings, config.num_sinks = "routed", [3, 4], 1
-    fit_routers(config, dict.fromkeys(tiny.load_all(source), shard), windows, choose=False)
+    config.start, config.num_sinks, config.num_slots = "routed", 1, 64
+    fit_routers(config, dict.fromkeys(tiny.load_all(source), shard), windows)
     counted = slice(1, 64 - 9)
     for (x, y), given, probabilities in zip(seen, inputs, attention, strict=True):
         assert torch.allclose(x, given[:, counted].flatten(0, 1), atol=1e-3, rtol=1e-3)
@@ -57,6 +59,25 @@ def test_streamed_layers_see_what_the_whole_model_sees(make, tmp_path, short, mo
             for head in range(2):
                 expected = importance(probabilities[b, 2 * head : 2 * head + 2])[counted].clamp_min(1e-9).log()
                 assert torch.allclose(y.view(2, -1, 2)[b, :, head], expected, atol=1e-2)
+
+
+def test_layers_are_fitted_to_what_the_converted_model_sees(tmp_path, short, monkeypatch):
+    tiny_llama(tmp_path / "source", num_hidden_layers=3)
+    (tmp_path / "text.txt").write_text(tiny_text(400))
+    seen, ridge_itself = [], calibrate.ridge
+    monkeypatch.setattr(calibrate, "ridge", lambda x, y: seen.append(x) or ridge_itself(x, y))
+    options = {"num_slots": 14, "num_sinks": 2, "gate_write": 30.0, "gate_keep": 30.0, "calibration_tokens": 128}
+    convert(tmp_path / "source", tmp_path / "out", calibrate=tmp_path / "text.txt", keep_softmax=[1], **options)
+    model, given = T2RForCausalLM.from_pretrained(tmp_path / "out"), []
+    for i in (0, 2):
+        attention = model.model.layers[i].self_attn
+        attention.register_forward_pre_hook(lambda _, a, __: given.append(a[0]), with_kwargs=True)
+    windows = calibration_of(tmp_path / "text.txt", 128, 14, tmp_path / "source").windows
+    with torch.no_grad():
+        model(windows, use_cache=False)
+    assert len(seen) == 2
+    for x, expected in zip(seen, given, strict=True):
+        assert torch.allclose(x, expected[:, 2 : 64 - 9].flatten(0, 1), atol=1e-4)
 
 
 def calibrate_eager(kept):
@@ -75,16 +96,10 @@ def test_ridge_finds_a_linear_law():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 6, generator=generator) * torch.tensor([1, 10, 0.1, 1, 1, 1]) + 3
     law = torch.tensor([[1.0, -0.2, 5.0, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
-    weight, fit = ridge(x, x @ law.T + 7 + 0.1 * torch.randn(4000, 2, generator=generator))
+    weight, bias, fit = ridge(x, x @ law.T + 7 + 0.1 * torch.randn(4000, 2, generator=generator))
     assert torch.allclose(weight, law, rtol=0.05, atol=0.05)
+    assert (x @ weight.T + bias).mean(0).abs().max() < 1e-4
     assert 0.9 < fit < 1
-
-
-def test_thresholds_let_a_share_on():
-    scores = torch.randn(10000, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0])
-    found = thresholds(scores, 2, 0.1)  # [heads, 2]
-    for i, share in enumerate((0.1, 0.01)):
-        assert ((scores > found[:, i]).float().mean(0) - share).abs().max() < 0.002
 
 
 def test_a_token_lives_until_its_slot_is_taken():
@@ -96,7 +111,7 @@ def test_distortion_is_that_of_the_layer(tmp_path, short):
     """Beside the layer itself, with gates that write and keep fully."""
     source = tmp_path / "source"
     tiny_llama(source)
-    options = {"start": "routed", "num_slots": 12, "num_sinks": 2, "rings": [4, 6]}
+    options = {"start": "routed", "num_slots": 12, "num_sinks": 2}
     (tmp_path / "text.txt").write_text(tiny_text(400))
     convert(source, tmp_path / "out", calibrate=tmp_path / "text.txt", gate_write=30.0, gate_keep=30.0, **options)
     model = T2RForCausalLM.from_pretrained(tmp_path / "out")
@@ -108,34 +123,33 @@ def test_distortion_is_that_of_the_layer(tmp_path, short):
     with torch.no_grad():
         layer(x, positions=positions, slots=None, rope=rope, attention_mask=None, past_key_values=None)
         heads = list(calibrate._heads(layer, x[0], rope, config))
-        score, limit = x[0] @ layer.router.weight.T, layer.router.thresholds
-        (actual,) = distortion([iter(heads)], [score], [limit], [[4, 6]], config)
+        ends = lifetimes(layer.schedule(x, positions, None)[0])[None]
+        actual = distortion([iter(heads)], torch.cat([torch.full_like(ends, 64), ends]), 12)  # [ways, H]
     for head, (weights, v) in enumerate(heads):
         expected = (weights @ v)[:, 12:]  # [G, Q, D]
         mine = outputs[0][0, 12:].unflatten(-1, (config.num_attention_heads, -1)).transpose(0, 1)
         mine = mine.unflatten(0, (config.num_key_value_heads, -1))[head]
         kept.append((mine - expected).square().sum() / expected.square().sum())
-    assert actual.item() == pytest.approx(torch.stack(kept).mean().item(), rel=1e-3)
-    assert actual > 1e-3
+    assert actual[0].tolist() == pytest.approx([0, 0], abs=1e-9)
+    assert actual[1].tolist() == pytest.approx([x.item() for x in kept], rel=1e-3)
+    assert actual[1].min() > 1e-4
 
 
 def test_converted_with_routers(tmp_path, short):
     tiny_llama(tmp_path / "source")
     (tmp_path / "text.txt").write_text(tiny_text(400))
     done = []
-    options = {"start": "routed", "num_slots": 12, "num_sinks": 2, "rings": [4, 6], "keep_softmax": [0]}
-    plan = convert(
+    options = {"start": "routed", "num_slots": 12, "num_sinks": 2, "keep_softmax": [0]}
+    convert(
         tmp_path / "source", tmp_path / "out", calibrate=tmp_path / "text.txt", calibration_tokens=200,
         calibrating=lambda layers, total: done.append((layers, total)), **options,
     )  # fmt: skip
-    assert plan.config.rings == [4, 6]
     assert done == [(1, 2), (2, 2)]
     model = T2RForCausalLM.from_pretrained(tmp_path / "out")
     router = model.model.layers[1].self_attn.router
     assert router.weight.abs().min() > 0
     assert not hasattr(model.model.layers[0].self_attn, "router")
     record = json.loads((tmp_path / "out" / "t2r_record.json").read_text())["conversion"]
-    assert record["rings"] == [4, 6]
     assert record["calibration"]["text"] == "text.txt"
     assert record["calibration"]["tokens"] == 192
     for figures in (record["calibration"]["r_squared"], record["calibration"]["errors"]):
@@ -143,23 +157,20 @@ def test_converted_with_routers(tmp_path, short):
         assert math.isfinite(figures[0])
 
 
-def test_sizes_of_rings_are_chosen(tmp_path, short):
+def test_each_head_takes_the_spread_that_distorts_least(tmp_path, short, monkeypatch):
     tiny_llama(tmp_path / "source")
     (tmp_path / "text.txt").write_text(tiny_text(400))
-    options = {"start": "routed", "num_slots": 14, "num_sinks": 2, "calibrate": tmp_path / "text.txt"}
-    plan = convert(tmp_path / "source", tmp_path / "out", calibration_tokens=400, keep_softmax=[1], **options)
-    assert [sum(rings) for rings in plan.config.rings] == [12] * plan.config.num_hidden_layers
-    model = T2RForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.config.rings == plan.config.rings
+    chosen, weights = [], []
+    monkeypatch.setattr(calibrate, "distortion", lambda *a: chosen.append(distortion(*a)) or chosen[-1])
+    monkeypatch.setattr(calibrate, "ridge", lambda *a: weights.append(ridge(*a)) or weights[-1])
+    options = {"num_slots": 14, "num_sinks": 2, "calibrate": tmp_path / "text.txt", "calibration_tokens": 400}
+    convert(tmp_path / "source", tmp_path / "out", keep_softmax=[1], **options)
+    router = T2RForCausalLM.from_pretrained(tmp_path / "out").model.layers[0].self_attn.router
+    factors = torch.tensor(calibrate.SPREADS)[chosen[0].argmin(0)]
+    assert torch.allclose(router.weight, weights[0][0] * factors[:, None])
+    assert torch.allclose(router.bias, weights[0][1] * factors)
     record = json.loads((tmp_path / "out" / "t2r_record.json").read_text())["conversion"]
-    assert record["rings"] == plan.config.rings
-    least = record["calibration"]["errors"]
-    for rings in ([2, 10], [6, 6], [10, 2]):
-        fixed = options | {"rings": rings, "keep_softmax": [1], "calibration_tokens": 400}
-        plan = convert(tmp_path / "source", tmp_path / "fixed", overwrite=True, **fixed)
-        assert plan.config.rings == rings
-        record = json.loads((tmp_path / "fixed" / "t2r_record.json").read_text())["conversion"]
-        assert record["calibration"]["errors"][0] >= least[0] - 1e-4
+    assert record["calibration"]["errors"][0] == pytest.approx(chosen[0].min(0).values.mean().item(), abs=1e-4)
 
 
 def test_without_a_text_routers_are_fitted_to_what_python_ships(tmp_path, short):
@@ -185,14 +196,6 @@ def test_a_file_without_text_is_told(tmp_path, short, line, message):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "the cat"}) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "source", tmp_path / "out", calibrate=tmp_path / "text.jsonl", num_slots=8, num_sinks=2)
-
-
-def test_what_is_to_be_chosen_is_not_shown_as_if_it_were(tmp_path):
-    tiny_llama(tmp_path / "source")
-    plan = convert(tmp_path / "source", tmp_path / "out", num_slots=8, num_sinks=2, dry_run=True)
-    assert plan.summary()["rings"] == "chosen for each layer when routers are fitted"
-    plan = convert(tmp_path / "source", tmp_path / "out", num_slots=8, num_sinks=2, rings=[2, 4], dry_run=True)
-    assert plan.summary()["rings"] == [2, 4]
 
 
 def test_windows_are_longer_than_what_slots_hold(tmp_path, short):
@@ -225,7 +228,6 @@ def test_no_window_spans_two_documents(tmp_path, short):
         ({"start": "window", "calibrate": "text.txt"}, "no effect with start 'window'"),
         ({"start": "routed", "calibrate": "nowhere.txt"}, "no such file to calibrate on"),
         ({"start": "routed", "calibrate": "text.txt"}, "none of 1024 tokens"),
-        ({"start": "window", "rings": [3, 4]}, "rings belong to start 'routed'"),
     ],
 )
 def test_bad_calibration(options, message, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from t2r.model.configuration_t2r import T2RConfig
+from t2r.model.export import AUTO_MAP, code_files
 from t2r_conversion import open_source, read_source, write, writer
 from tests.conversion.tiny import convert, plan_conversion
 
@@ -35,7 +36,8 @@ def test_output_folder(tmp_path):
     convert(source, tmp_path / "deep" / "out", num_slots=8, keep_softmax=[1])
     out = tmp_path / "deep" / "out"
     assert names(out.parent) == ["out"]
-    assert names(out) == [
+    assert set(names(out)) >= code_files().keys()
+    assert [name for name in names(out) if not name.endswith(".py")] == [
         "LICENSE",
         "chat_template.jinja",
         "config.json",
@@ -48,6 +50,7 @@ def test_output_folder(tmp_path):
     ]
     raw = json.loads((out / "config.json").read_text())
     assert (raw["architectures"], raw["model_type"], raw["dtype"]) == (["T2RForCausalLM"], "t2r", "bfloat16")
+    assert raw["auto_map"] == AUTO_MAP
     config = T2RConfig.from_pretrained(out)
     assert config.layer_types == ["linear_attention", "full_attention", "linear_attention"]
     assert config.attention_out_bias

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from . import tiny
+from . import gsa, tiny
 from .tiny import convert
 
 COUNT = int(os.environ.get("T2R_FUZZ", "500"))  # mutated inputs of each kind
@@ -59,13 +59,19 @@ def mutate_bytes(content: bytes, generator: random.Random) -> bytes:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    return tiny.llama(tmp_path_factory.mktemp("sound") / "source", shard_size="20KB")
+    folder, spec = tmp_path_factory.mktemp("sound"), {"layers": [1], "num_heads": 4, "num_kv_heads": 2}
+    config = gsa.CONFIG | gsa.OF_2024 | {"attn": spec | {"window_size": 9}}
+    gsa.write(folder / "gsa", config, gsa.as_in_2024(gsa.weights(config)), shards=2)
+    return {"llama": tiny.llama(folder / "llama", shard_size="20KB"), "gsa": folder / "gsa"}
 
 
+@pytest.mark.parametrize("family", ["llama", "gsa"])
 @pytest.mark.parametrize("kind", ["config.json", "model.safetensors.index.json", "shard", "header"])
-def test_damage_is_an_error_of_ours(tmp_path, sound, kind):
-    shutil.copytree(sound, tmp_path / "source")
-    source, refused = tmp_path / "source", 0
+def test_damage_is_an_error_of_ours(tmp_path, sound, family, kind):
+    shutil.copytree(sound[family], tmp_path / "source")
+    source, refused, options = tmp_path / "source", 0, {"num_slots": 8}
+    if family == "gsa":
+        options = {"start": None}
     file = sorted(source.glob("*.safetensors"))[0] if kind in ("shard", "header") else source / kind
     whole = file.read_bytes()
     for seed in range(COUNT):
@@ -81,7 +87,7 @@ def test_damage_is_an_error_of_ours(tmp_path, sound, kind):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                convert(source, tmp_path / "out", num_slots=8, overwrite=True)
+                convert(source, tmp_path / "out", overwrite=True, **options)
         except Exception as error:
             if not isinstance(error, ValueError) or "\n" in str(error):
                 raise AssertionError(f"{kind}, seed {seed}: {type(error).__name__}: {error}") from error

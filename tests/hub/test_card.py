@@ -35,7 +35,12 @@ def test_card_of_a_trained_model(folder):
 
 def test_card_says_how_to_load_and_what_the_state_takes(folder):
     card = build_card(folder, "me/tiny")
-    for line in ("pip install t2r", "import t2r", 'AutoModelForCausalLM.from_pretrained("me/tiny"'):
+    for line in (
+        "pip install t2r",
+        "import t2r",
+        'AutoModelForCausalLM.from_pretrained("me/tiny"',
+        "trust_remote_code=True",
+    ):
         assert line in card.text
     assert "softmax attention of 1 of its 2 layers is replaced" in card.text
     # one layer × 2 heads × 8 slots × keys and values × 8 wide, fp32; the other layer's cache in fp32 as the weights
@@ -51,6 +56,13 @@ def test_card_of_a_hybrid(tmp_path):
     assert "beside a softmax window of 5 tokens" in text
     assert "1 Gated Slot Attention beside a softmax window, 1 softmax attention" in text
     assert "keeps 8 slots of each key/value head and the last 5 tokens" in text
+
+
+def test_a_recurrent_source_had_no_softmax_attention_to_replace(folder):
+    write_record(folder, conversion=CONVERSION | {"family": "gsa"})
+    text = build_card(folder, "me/tiny").text
+    assert "as there, 1 of its 2 layers are [Gated Slot Attention]" in text
+    assert "is replaced" not in text
 
 
 def test_what_was_not_recorded_is_not_said(folder):

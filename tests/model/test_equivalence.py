@@ -6,6 +6,7 @@ import torch
 from t2r.evaluation.generate import cache_bytes
 from t2r.model import T2RCache
 from t2r.model.positions import Positions
+from t2r.model.routing import Router
 from t2r.model.starts import slot_schedule
 from tests.model.tiny import shake, sliding_teacher, student, teacher, tokens
 
@@ -24,10 +25,10 @@ def no_grad():
 
 OPTIONS = {kind: {"layer_types": types} for kind, types in LAYERS.items()} | {
     "paper start": {"start": "paper"},
-    "routed start": {"start": "routed", "rings": [3, 6, 5]},
+    "routed start": {"start": "routed"},
     "hybrid": {"hybrid_window": 7},
     "hybrid, one token": {"hybrid_window": 1, "layer_types": ["hybrid_sliding", "full_attention", "linear_attention"]},
-    "hybrid, routed start": {"hybrid_window": 5, "start": "routed", "rings": [3, 6, 5]},
+    "hybrid, routed start": {"hybrid_window": 5, "start": "routed"},
 }
 
 
@@ -78,22 +79,20 @@ def test_exact_hybrid_is_masked_softmax_beyond(window, num_sinks):
     close(student(source, exact=True, num_sinks=num_sinks, hybrid_window=window)(x).logits, expected, 1e-4)
 
 
-@pytest.mark.parametrize("rings", [[5, 9], [3, 6, 5]])
-def test_exact_routed_start_is_the_teacher_up_to_num_slots(rings):
+def test_exact_routed_start_is_the_teacher_up_to_num_slots():
     source, x = teacher(), tokens(2, 40)
-    model = student(source, exact=True, start="routed", rings=rings)
+    model = student(source, exact=True, start="routed")
     close(model(x[:, :16]).logits, source(x[:, :16]).logits, 1e-4)
     assert (model(x).logits - student(source, exact=True)(x).logits).abs().max() > 0.1  # beyond it is no window
 
 
-def test_one_ring_alone_is_a_window():
-    """All tokens in one ring: the others keep the document's beginning, as sinks do."""
+def test_tokens_of_equal_importance_are_a_window():
     source, x = teacher(), tokens(2, 60)
-    model = student(source, exact=True, start="routed", rings=[6, 8])
+    model = student(source, exact=True, start="routed")
     for module in model.modules():
-        if hasattr(module, "thresholds"):
-            module.thresholds.fill_(-1e9)  # everything into the second ring, slots 8 to 15
-    close(model(x).logits, masked_teacher(source, x, 16, 8), 1e-4)
+        if isinstance(module, Router):
+            module.weight.zero_()
+    close(model(x).logits, masked_teacher(source, x, 16, 2), 1e-4)
 
 
 def test_default_gates_start_near_the_exact_ones():

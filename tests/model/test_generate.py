@@ -9,9 +9,9 @@ from tests.model.tiny import shake, student, tokens
 MODELS = {
     "all slots": {},
     "mixed": {"layer_types": ["full_attention", "linear_attention", "linear_attention"]},
-    "routed": {"start": "routed", "rings": [5, 9]},
+    "routed": {"start": "routed"},
     "hybrid": {"hybrid_window": 6},
-    "hybrid, routed": {"hybrid_window": 6, "start": "routed", "rings": [5, 9]},
+    "hybrid, routed": {"hybrid_window": 6, "start": "routed"},
 }
 
 

@@ -136,7 +136,7 @@ def test_merged_is_the_finetuned_model(config, tmp_path):
 
 
 def test_merge_needs_a_finished_run(config, tmp_path):
-    with pytest.raises(ValueError, match=r"no config\.yaml"):
+    with pytest.raises(ValueError, match=r"model: no adapter_config\.json, .*give a run of t2r train"):
         merge(tmp_path / "model", tmp_path / "out")
     (tmp_path / "run").mkdir()
     shutil.copy(config, tmp_path / "run" / "config.yaml")

@@ -1,0 +1,83 @@
+"""flash-linear-attention's checkpoints of Gated Slot Attention: the names of their tensors, and files under ours."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from t2r.model.configuration_t2r import T2RConfig
+from t2r_conversion.fla_config import GSA
+from t2r_conversion.headers import SourceTensor, read_headers
+from t2r_conversion.shards import copy_tensors
+
+NAMES = (
+    (".embed_tokens.", ".embeddings."),
+    (".input_layernorm.", ".attn_norm."),
+    (".post_attention_layernorm.", ".mlp_norm."),
+    (".self_attn.", ".attn."),
+)
+"""What a part of a tensor's name is called here and there."""
+
+NAMES_2024 = ((".input_layernorm.", ".attn.norm."), (".post_attention_layernorm.", ".mlp.norm."))
+"""The norms, where `norm_first` puts them into the blocks that they come before."""
+
+
+def our_names(names: Iterable[str], config: T2RConfig, where: str) -> dict[str, tuple[str, ...]]:
+    """What each tensor of a checkpoint is called in a T2R model.
+
+    The MLP's projections were one in 2024, gate before up: such a tensor has two names, one for each half of its rows.
+    A name that is not known stays.
+
+    Args:
+        names: of the checkpoint's tensors.
+        config: of the model, from `read_fla_config`.
+        where: what to name in an error.
+
+    Raises:
+        ValueError: two tensors come to have one name.
+    """
+    there, expected = set(names), GSA.expected_tensors(config)
+    ours: dict[str, tuple[str, ...]] = {}
+    for name in sorted(there):
+        known = _replaced(name, ((theirs, ours) for ours, theirs in (*NAMES_2024, *NAMES)))
+        up = name.replace(".gate_proj.", ".up_proj.")
+        ours[name] = (name, up) if up not in there else (known if known in expected else name,)
+    count = Counter(name for each in ours.values() for name in each)
+    twice = [name for name, each in ours.items() if count[each[0]] > 1]
+    if twice:
+        raise ValueError(f"{where}: several tensors of one parameter ({', '.join(twice)}); which is meant is not known")
+    return ours
+
+
+def their_name(name: str) -> str:
+    """What a T2R model's tensor is called in 0.6.0."""
+    return _replaced(name, NAMES)
+
+
+def _replaced(name: str, parts: Iterable[tuple[str, str]]) -> str:
+    return next((name.replace(old, new) for old, new in parts if old in name), name)
+
+
+def renamed(tensors: Mapping[str, SourceTensor], config: T2RConfig, where: str) -> dict[str, SourceTensor]:
+    """A checkpoint's headers under the names that `our_names` gives; arguments and errors as there."""
+    headers = {}
+    for name, ours in our_names(tensors, config, where).items():
+        shape = tensors[name].shape
+        if len(ours) > 1 and shape:
+            shape = (shape[0] // len(ours), *shape[1:])
+        headers |= dict.fromkeys(ours, replace(tensors[name], shape=shape))
+    return headers
+
+
+def unpack_fla(folder: Path, config: T2RConfig, out: Path) -> None:
+    """Write a checkpoint's safetensors files with the names of a T2R model's tensors, file by file.
+
+    Raises:
+        ValueError: as `our_names`, or a file is damaged.
+    """
+    tensors = read_headers(folder)
+    names = our_names(tensors, config, str(folder))
+    for shard in sorted({tensor.shard for tensor in tensors.values()}):
+        copy_tensors(
+            folder / shard, out / shard, {name: names[name] for name, t in tensors.items() if t.shard == shard}
+        )
