@@ -41,6 +41,8 @@ def convert(
     gate_write: float = T2RConfig.gate_write_logit,
     gate_keep: float = T2RConfig.gate_keep_logit,
     window: int | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
     calibrate: str | Path | None = None,
     calibration_tokens: int = 32768,
     hard_link: bool = False,
@@ -55,13 +57,15 @@ def convert(
     Args:
         source: a local Hugging Face folder, a Hub id, or a `.gguf` file.
         out: folder to write.
-        start: see `plan_conversion`, as for the next six.
+        start: see `plan_conversion`, as for the next seven.
         num_slots: see `plan_conversion`.
         num_sinks: see `plan_conversion`.
         keep_softmax: see `plan_conversion`.
         gate_write: see `plan_conversion`.
         gate_keep: see `plan_conversion`.
         window: see `plan_conversion`.
+        dtype: see `plan_conversion`.
+        max_shard_size: see `write`.
         calibrate: routed start: a text that the routers are fitted to; None for `REFERENCE` in `calibrate`.
         calibration_tokens: of that text, at most.
         hard_link: share the files of untouched shards with the source instead of copying them; nobody must write to
@@ -86,6 +90,7 @@ def convert(
         "gate_write": gate_write,
         "gate_keep": gate_keep,
         "window": window,
+        "dtype": dtype,
     }
     out = Path(out).absolute()
     headers = read_source(source)
@@ -108,7 +113,8 @@ def convert(
         plan = plan_conversion(opened, **options)
         if routed and fit is None:
             fit = calibration_of(*about, opened.folder, calibrating)
-        write(plan, out, overwrite=overwrite, progress=progress, calibration=fit, hard_link=hard_link)
+        options = {"calibration": fit, "hard_link": hard_link, "max_shard_size": max_shard_size}
+        write(plan, out, overwrite=overwrite, progress=progress, **options)
     return plan
 
 

@@ -9,7 +9,7 @@ from t2r_conversion.fla import their_name
 from t2r_conversion.fla_config import GSA, NORM_EPS, as_fla_config
 from t2r_conversion.headers import INDEX, one_line, read_headers, read_json, write_index
 from t2r_conversion.plan import check_tensors
-from t2r_conversion.shards import copy_tensors
+from t2r_conversion.shards import Part, copy_tensors
 from t2r_conversion.source import Source, copy_small_files, small_files
 from t2r_conversion.writer import Progress, check_output, check_space, made_whole
 
@@ -43,9 +43,9 @@ def export_fla(
         partial.mkdir(parents=True)
         done = 0
         for shard in sorted({tensor.shard for tensor in kept.values()}):
-            names = {name: [their_name(name)] for name, tensor in kept.items() if tensor.shard == shard}
-            copy_tensors(folder / shard, partial / shard, names)
-            done += sum(kept[name].bytes for name in names)
+            here = [name for name, tensor in kept.items() if tensor.shard == shard]
+            copy_tensors(partial / shard, [Part(folder / shard, name, [their_name(name)]) for name in here])
+            done += sum(kept[name].bytes for name in here)
             if progress is not None:
                 progress(done, total)
         write_index({their_name(name): t.shard for name, t in kept.items()}, partial / INDEX, total_size=total)

@@ -8,7 +8,7 @@ from pathlib import Path
 from t2r.model.configuration_t2r import T2RConfig
 from t2r_conversion.fla_config import GSA
 from t2r_conversion.headers import SourceTensor, read_headers
-from t2r_conversion.shards import copy_tensors
+from t2r_conversion.shards import Part, copy_tensors
 
 NAMES = (
     (".embed_tokens.", ".embeddings."),
@@ -78,6 +78,5 @@ def unpack_fla(folder: Path, config: T2RConfig, out: Path) -> None:
     tensors = read_headers(folder)
     names = our_names(tensors, config, str(folder))
     for shard in sorted({tensor.shard for tensor in tensors.values()}):
-        copy_tensors(
-            folder / shard, out / shard, {name: names[name] for name, t in tensors.items() if t.shard == shard}
-        )
+        here = [name for name, tensor in tensors.items() if tensor.shard == shard]
+        copy_tensors(out / shard, [Part(folder / shard, name, names[name]) for name in here])

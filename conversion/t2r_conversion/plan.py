@@ -4,7 +4,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -12,10 +12,9 @@ import torch
 
 from t2r.model.configuration_t2r import T2RConfig
 from t2r.model.starts import new_tensors
-from t2r_conversion.headers import SourceTensor, one_line
+from t2r_conversion.headers import DTYPES, SourceTensor, one_line
 from t2r_conversion.source import Source
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CACHE_LENGTHS = (2048, 32768)
 DEFAULT_SLOTS = 64
 
@@ -124,6 +123,7 @@ def plan_conversion(
     gate_write: float = T2RConfig.gate_write_logit,
     gate_keep: float = T2RConfig.gate_keep_logit,
     window: int | None = None,
+    dtype: str | None = None,
 ) -> Plan:
     """Plan the conversion of a model.
 
@@ -137,6 +137,7 @@ def plan_conversion(
         gate_keep: window and routed start: `T2RConfig.gate_keep_logit`.
         window: window and routed start: tokens of a softmax window beside the slots of each converted layer; None for
             no such window.
+        dtype: of all weights: "float32", "float16" or "bfloat16"; None for the source's.
 
     Raises:
         ValueError: an argument is out of range, or not what a recurrent source is; or tensors are missing, unexpected,
@@ -158,21 +159,24 @@ def plan_conversion(
         raise ValueError(one_line(error)) from error
     if not source.family.recurrent:
         config.layer_types = _layer_types(config, keep_softmax)
-    return plan_for(source, config)
+    return plan_for(source, config, dtype)
 
 
-def plan_for(source: Source, config: T2RConfig) -> Plan:
+def plan_for(source: Source, config: T2RConfig, dtype: str | None = None) -> Plan:
     """Plan the conversion of a model whose configuration afterwards is known. Completes the configuration.
 
     Args:
         source: from `read_source` or `open_source`.
         config: of the converted model.
+        dtype: see `plan_conversion`.
 
     Raises:
-        ValueError: the source's tensors do not fit the configuration (all of them are named).
+        ValueError: the source's tensors do not fit the configuration (all of them are named), or `dtype` is unknown.
     """
     check_tensors(source, config)
     kept = _source_tensors(source, config)
+    if dtype is not None:
+        kept = [_recast(tensor, _spelled(dtype)) for tensor in kept]
     dtype = _main_dtype(kept)
     config.architectures = ["T2RForCausalLM"]
     config.dtype = DTYPES[dtype]
@@ -242,6 +246,17 @@ def _source_tensors(source: Source, config: T2RConfig) -> list[PlannedTensor]:
 
 def _planned(name: str, action: str, header: SourceTensor) -> PlannedTensor:
     return PlannedTensor(name, action, header.shape, header.dtype, header.parameters, header.bytes, header.shard)
+
+
+def _spelled(dtype: str) -> str:
+    names = {str(known).removeprefix("torch."): name for name, known in DTYPES.items()}
+    if dtype not in names:
+        raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(names)}")
+    return names[dtype]
+
+
+def _recast(tensor: PlannedTensor, dtype: str) -> PlannedTensor:
+    return replace(tensor, dtype=dtype, bytes=tensor.parameters * DTYPES[dtype].itemsize)
 
 
 def _main_dtype(tensors: list[PlannedTensor]) -> str:

@@ -1,11 +1,17 @@
-"""Safetensors files as bytes: taken over whole, or tensor by tensor under other names. None is read as numbers."""
+"""Safetensors files as bytes: taken over whole, or tensor by tensor, under other names or in another dtype."""
 
 import json
 import os
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+
+from t2r_conversion.headers import DTYPES
 
 COPY_BYTES = 1 << 20
 FICLONE = 0x40049409  # Linux: let a file share another's extents until one of them is written to
@@ -50,39 +56,75 @@ def _clone(source: Path, target: Path) -> bool:
     return True
 
 
-def copy_tensors(source: Path, target: Path, names: Mapping[str, Sequence[str]]) -> None:
-    """Copy tensors of a safetensors file into another, as bytes: memory does not depend on their sizes.
+class Part(NamedTuple):
+    """A tensor to copy.
 
-    Args:
-        source: a safetensors file.
-        target: the file to write.
-        names: for each tensor to copy, what it is called in `target`; of several names each gets an equal part of its
-            rows, in order.
+    Attributes:
+        source: the safetensors file that holds it.
+        name: its name there.
+        names: what it is called in the target; of several names each gets an equal part of its rows, in order.
+        dtype: in the target, as safetensors spells it; None for its own.
     """
-    with source.open("rb") as reader, target.open("wb") as writer:
-        (length,) = struct.unpack("<Q", reader.read(8))
-        header = json.loads(reader.read(length))
-        spans = sorted((*header[name]["data_offsets"], name) for name in names)
+
+    source: Path
+    name: str
+    names: Sequence[str]
+    dtype: str | None = None
+
+
+def copy_tensors(target: Path, parts: Iterable[Part]) -> None:
+    """Write a safetensors file of tensors from others, as bytes: memory does not depend on their sizes.
+
+    Raises:
+        ValueError: a source ends early, or a number does not fit into the dtype that is asked for.
+    """
+    with ExitStack() as files, target.open("wb") as writer:
+        readers, spans = {}, []
+        for part in parts:
+            if part.source not in readers:
+                readers[part.source] = _opened(files.enter_context(part.source.open("rb")))
+            reader, header, start = readers[part.source]
+            spans.append((reader, header[part.name], start, part))
+        spans.sort(key=lambda span: (span[0].name, span[1]["data_offsets"][0]))
         kept, offset = {"__metadata__": {"format": "pt"}}, 0
-        for begin, end, name in spans:
-            parts, shape, size = names[name], header[name]["shape"], (end - begin) // len(names[name])
-            if len(parts) > 1:
-                shape = [shape[0] // len(parts), *shape[1:]]
-            for part in parts:
-                kept[part] = header[name] | {"shape": shape, "data_offsets": [offset, offset + size]}
+        for _, entry, _, part in spans:
+            (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], part.dtype or entry["dtype"]
+            size = (end - begin) // len(part.names)
+            if dtype != entry["dtype"]:
+                size = size // DTYPES[entry["dtype"]].itemsize * DTYPES[dtype].itemsize
+            if len(part.names) > 1:
+                shape = [shape[0] // len(part.names), *shape[1:]]
+            for name in part.names:
+                kept[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
                 offset += size
         encoded = json.dumps(kept).encode()
         encoded += b" " * (-len(encoded) % 8)  # safetensors keeps the data aligned
         writer.write(struct.pack("<Q", len(encoded)) + encoded)
-        for begin, end, _ in spans:
-            reader.seek(8 + length + begin)
-            _copy_bytes(reader, writer, end - begin)
+        for reader, entry, start, part in spans:
+            begin, end = entry["data_offsets"]
+            reader.seek(start + begin)
+            for block in _blocks(reader, end - begin):
+                writer.write(block if part.dtype in (None, entry["dtype"]) else _cast(block, entry["dtype"], part))
 
 
-def _copy_bytes(reader, writer, count: int) -> None:
+def _opened(reader: BinaryIO) -> tuple[BinaryIO, dict, int]:
+    """An open safetensors file, its header, and where its data begin."""
+    (length,) = struct.unpack("<Q", reader.read(8))
+    return reader, json.loads(reader.read(length)), 8 + length
+
+
+def _blocks(reader: BinaryIO, count: int) -> Iterator[bytes]:
     while count:
         block = reader.read(min(count, COPY_BYTES))
         if not block:
             raise ValueError(f"{reader.name}: ended early; download it again")
-        writer.write(block)
+        yield block
         count -= len(block)
+
+
+def _cast(block: bytes, dtype: str, part: Part) -> bytes:
+    numbers = torch.frombuffer(bytearray(block), dtype=DTYPES[dtype])
+    cast = numbers.to(DTYPES[part.dtype])
+    if (cast.isinf() & numbers.isfinite()).any():
+        raise ValueError(f"{part.name}: {numbers.abs().max():.3g} is too large for {part.dtype}; choose another dtype")
+    return cast.view(torch.uint8).numpy().tobytes()

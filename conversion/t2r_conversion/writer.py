@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from itertools import groupby
 from pathlib import Path
 
 import safetensors
@@ -18,7 +19,7 @@ from t2r_conversion.calibrate import Calibration, fit_routers
 from t2r_conversion.headers import INDEX, write_index
 from t2r_conversion.plan import DTYPES, Plan, PlannedTensor
 from t2r_conversion.record import write_record
-from t2r_conversion.shards import copy_tensors, take_over
+from t2r_conversion.shards import Part, copy_tensors, take_over
 from t2r_conversion.source import Source, copy_small_files, small_files
 
 SEED = 0
@@ -35,10 +36,11 @@ def write(
     progress: Progress | None = None,
     calibration: Calibration | None = None,
     hard_link: bool = False,
+    max_shard_size: int | None = None,
 ) -> None:
     """Write the converted model.
 
-    Untouched shards are taken over as files (see `take_over`); one with dropped tensors is copied without them; new
+    Shards that stay as they are are taken over as files (see `take_over`); others are written tensor by tensor; new
     tensors go to one more shard. An error or an interruption leaves nothing behind.
 
     Args:
@@ -48,6 +50,8 @@ def write(
         progress: called after each shard.
         calibration: routed start: what its routers are fitted to.
         hard_link: share the files of untouched shards with the source.
+        max_shard_size: most bytes of the tensors in a shard, but for a tensor that is larger; None for shards as the
+            source has them.
 
     Raises:
         ValueError: the weights are not on this machine; `out` exists, is not a model's folder, or holds the source;
@@ -58,9 +62,10 @@ def write(
     out = Path(out).absolute()
     check_output(out, plan.source.folder, overwrite)
     with made_whole(out) as partial:
-        check_space(out, _bytes_to_write(plan, hard_link and can_link(plan.source, out)))
+        shards = _shards(plan, max_shard_size)
+        check_space(out, _bytes_to_write(plan, shards, hard_link and can_link(plan.source, out)))
         partial.mkdir(parents=True)
-        about = _write_weights(plan, partial, progress or (lambda _done, _total: None), calibration, hard_link)
+        about = _write_weights(plan, shards, partial, progress or (lambda _done, _total: None), calibration, hard_link)
         copy_small_files(plan.source.folder, partial)
         plan.config.save_pretrained(partial)  # with the code of the model
         write_record(partial, {"conversion": _record(plan) | about})
@@ -130,48 +135,75 @@ def can_link(source: Source, out: Path) -> bool:
     return source.kind == "folder" and source.folder.resolve().stat().st_dev == parent.stat().st_dev
 
 
-def _bytes_to_write(plan: Plan, links: bool) -> int:
-    written = ("new",) if plan.source.temporary or links else ("copied", "new")
-    weights = sum(tensor.bytes for tensor in plan.having(*written))
+def _shards(plan: Plan, max_shard_size: int | None) -> list[list[PlannedTensor]]:
+    """The source's tensors that are kept, by the shard that they go to."""
+    tensors = sorted(plan.having("copied"), key=lambda tensor: tensor.shard)
+    if max_shard_size is None:
+        return [list(group) for _, group in groupby(tensors, key=lambda tensor: tensor.shard)]
+    shards: list[list[PlannedTensor]] = []
+    for tensor in tensors:
+        if not shards or sum(other.bytes for other in shards[-1]) + tensor.bytes > max_shard_size:
+            shards.append([])
+        shards[-1].append(tensor)
+    return shards
+
+
+def _source_of(plan: Plan, tensors: list[PlannedTensor]) -> Path | None:
+    """The source's file that holds these tensors as they are and no others, if there is one."""
+    names = {tensor.name for tensor in tensors}
+    shards = {tensor.shard for tensor in tensors}
+    there = {name for name, header in plan.source.tensors.items() if header.shard in shards}
+    as_it_is = all(tensor.dtype == plan.source.tensors[tensor.name].dtype for tensor in tensors)
+    return plan.source.folder / shards.pop() if len(shards) == 1 and there == names and as_it_is else None
+
+
+def _bytes_to_write(plan: Plan, shards: list[list[PlannedTensor]], links: bool) -> int:
+    taken_over = plan.source.temporary or links
+    written = [tensors for tensors in shards if not (taken_over and _source_of(plan, tensors))]
+    weights = sum(tensor.bytes for tensors in [*written, plan.having("new")] for tensor in tensors)
     return weights + sum(file.stat().st_size for file in small_files(plan.source.folder))
 
 
 def _write_weights(
-    plan: Plan, folder: Path, progress: Progress, calibration: Calibration | None, hard_link: bool
+    plan: Plan,
+    shards: list[list[PlannedTensor]],
+    folder: Path,
+    progress: Progress,
+    calibration: Calibration | None,
+    hard_link: bool,
 ) -> dict:
     """All shards and the index; returns what to record: how shards came, and of routers, layer by layer."""
-    shards = sorted({tensor.shard for tensor in plan.having("copied")})
-    spoilt = {tensor.shard for tensor in plan.having("dropped")}
     new = plan.having("new")
     count = len(shards) + bool(new)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    targets = dict(zip([*shards, None], names, strict=False))  # new tensors have no shard of their own: None
+    files = {tensor.name: name for tensors, name in zip([*shards, new], names, strict=False) for tensor in tensors}
     came: Counter[str] = Counter()
     done, total = 0, sum(tensor.bytes for tensor in plan.having("copied", "new"))
-    for shard in shards:
-        kept = [tensor for tensor in plan.having("copied") if tensor.shard == shard]
-        if shard in spoilt:
-            copy_tensors(plan.source.folder / shard, folder / targets[shard], {t.name: [t.name] for t in kept})
+    for tensors, name in zip(shards, names, strict=False):
+        whole = _source_of(plan, tensors)
+        if whole is None:
+            parts = [Part(plan.source.folder / t.shard, t.name, [t.name], t.dtype) for t in tensors]
+            copy_tensors(folder / name, parts)
             came["written"] += 1
         elif plan.source.temporary:
-            shutil.move(plan.source.folder / shard, folder / targets[shard])
+            shutil.move(whole, folder / name)
             came["written"] += 1
         else:
-            came[take_over(plan.source.folder / shard, folder / targets[shard], hard_link)] += 1
-        done += sum(tensor.bytes for tensor in kept)
+            came[take_over(whole, folder / name, hard_link)] += 1
+        done += sum(tensor.bytes for tensor in tensors)
         progress(done, total)
     fitted, about = {}, {}
     if calibration:
-        files = {tensor.name: folder / targets[tensor.shard] for tensor in plan.having("copied")}
-        fit = fit_routers(plan.config, files, calibration.windows, calibration.progress)
+        there = {tensor.name: folder / files[tensor.name] for tensor in plan.having("copied")}
+        fit = fit_routers(plan.config, there, calibration.windows, calibration.progress)
         fitted, figures = fit.tensors, {"r_squared": fit.r_squared, "errors": fit.errors}
         figures = {name: [round(x, 4) for x in each] for name, each in figures.items()}
         about = {"calibration": calibration.as_dict() | figures}
     if new:
-        _write_new(new, folder / targets[None], fitted)
+        _write_new(new, folder / names[-1], fitted)
         came["written"] += 1
         progress(total, total)
-    _write_index(plan, targets, folder / INDEX)
+    _write_index(plan, files, folder / INDEX)
     return {"shards": dict(came)} | about
 
 
@@ -184,13 +216,13 @@ def _write_new(tensors: list[PlannedTensor], path: Path, fitted: dict[str, torch
     save_file(values, path, metadata={"format": "pt"})
 
 
-def _write_index(plan: Plan, targets: dict[str | None, str], path: Path) -> None:
+def _write_index(plan: Plan, files: dict[str, str], path: Path) -> None:
     written = plan.having("copied", "new")
     metadata = {
         "total_parameters": sum(tensor.parameters for tensor in written),
         "total_size": sum(tensor.bytes for tensor in written),
     }
-    write_index({tensor.name: targets[tensor.shard] for tensor in written}, path, **metadata)
+    write_index(files, path, **metadata)
 
 
 def _record(plan: Plan) -> dict:

@@ -1,5 +1,6 @@
 """`t2r convert`."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,12 @@ def convert(
         str | None, typer.Option(metavar="TEXT", help="Routed start: a .txt or .jsonl file that routers are fitted to.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Routed start: of that text, at most.")] = 32768,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of all weights: float32, float16 or bfloat16; the source's if not given.")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="5GB", help="Cut the weights into shards of at most so much.")
+    ] = "",
     hard_link: Annotated[
         bool, typer.Option("--hard-link", help="Share unchanged shards with the source; write to neither afterwards.")
     ] = False,
@@ -64,6 +71,8 @@ def convert(
             num_sinks=sinks,
             keep_softmax=_numbers(keep_softmax, "--keep-softmax"),
             window=window,
+            dtype=dtype,
+            max_shard_size=_size(max_shard_size),
             calibrate=calibrate,
             calibration_tokens=calibration_tokens,
             **{name: value for name, value in gates.items() if value is not None},
@@ -114,3 +123,13 @@ def _numbers(text: str, option: str) -> list[int]:
         return [int(number) for number in text.split(",")] if text.strip() else []
     except ValueError as error:
         raise ValueError(f"{option} {text!r}: give layer numbers with commas between them, as 0,8,16") from error
+
+
+def _size(text: str) -> int | None:
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]i?)?B?", text, flags=re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ValueError(f"--max-shard-size {text!r}: give a size like 500MB or 5GB")
+    unit = (found[2] or "").upper()
+    return int(float(found[1]) * (1024 if unit.endswith("I") else 1000) ** " KMG".index(unit[:1] or " "))

@@ -245,3 +245,19 @@ def test_env():
     assert facts["backend"] in ("torch", "triton")
     assert len(facts["cuda"]) == torch.cuda.device_count()
     assert torch.__version__ in run("env").stdout
+
+
+@pytest.mark.parametrize(("size", "bytes_"), [("500", 500), ("2KB", 2000), ("1.5 MiB", 3 * 2**19), ("5gb", 5 * 10**9)])
+def test_sizes_of_shards(size, bytes_):
+    from t2r.cli.convert import _size
+
+    assert _size(size) == bytes_
+
+
+def test_shards_of_no_size_are_told(tmp_path):
+    tiny_llama(tmp_path / "source")
+    command = ("convert", tmp_path / "source", "-o", tmp_path / "out", "--start", "window", "--max-shard-size")
+    assert "give a size like 500MB or 5GB" in fails(*command, "big")
+    assert "give a size like 500MB or 5GB" in fails(*command, "0GB")
+    assert run(*command, "20KB", "--dtype", "bfloat16").exit_code == 0
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
