@@ -90,8 +90,11 @@ def generate_stream(
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes that a cache holds, over all layers and sequences."""
-    held = [(layer.keys, layer.values, *(getattr(layer, "recent", None) or ())) for layer in cache.layers]
-    return sum(x.nbytes for each in held for x in each if torch.is_tensor(x))
+    total = 0
+    for layer in cache.layers:
+        beside = [getattr(layer, name, None) or () for name in ("held", "recent")]
+        total += sum(x.nbytes for x in (layer.keys, layer.values, *beside[0], *beside[1]) if torch.is_tensor(x))
+    return total
 
 
 class _Streamer(TextStreamer):

@@ -147,7 +147,7 @@ def test_cached_in_pieces_is_whole(model, lengths):
     assert cache.get_seq_length() == 40
 
 
-@pytest.mark.parametrize("options", [{}, {"hybrid_window": 7}])
+@pytest.mark.parametrize("options", [{}, {"hybrid_window": 7}, {"start": "routed"}])
 def test_state_does_not_grow(options):
     model = student(**options)
     caches = [in_pieces(model, tokens(1, sum(pieces)), pieces)[1] for pieces in ([1], [5, 1], [100], [90, 9, 1])]
