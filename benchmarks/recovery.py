@@ -18,7 +18,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import Queue
@@ -36,11 +37,11 @@ MODEL = Path(".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
 WINDOWS = {1024: 64, 4096: 16}
 AGED = 8  # windows that show how old what slots hold is
 AT_ONCE = 2**14  # tokens of one forward pass on a GPU
-EXCERPT, EXCERPTS = 10_000, 48  # characters of each document that routers are fitted to, and how many
+EXCERPT, EXCERPTS = 6000, 8  # characters of a document that routers are fitted to, and how many of each source
 
 
 def prepare(data: Path, work: Path) -> None:
-    """Unpack the corpus into DIR/corpus.jsonl, and excerpts of documents chosen at random into DIR/calibrate.jsonl."""
+    """Unpack the corpus into DIR/corpus.jsonl, and excerpts of all its sources alike into DIR/calibrate.jsonl."""
     work.mkdir(parents=True, exist_ok=True)
     packed_corpus, seen = data / "corpus.jsonl.gz", work / "corpus.size"
     size = str(packed_corpus.stat().st_size) if packed_corpus.is_file() else None
@@ -49,11 +50,22 @@ def prepare(data: Path, work: Path) -> None:
     with gzip.open(packed_corpus, "rb") as packed, (work / "corpus.jsonl").open("wb") as file:
         shutil.copyfileobj(packed, file)
     with (work / "corpus.jsonl").open(encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in lines]
-    chosen = random.Random(0).sample([text for text in texts if len(text) > EXCERPT], EXCERPTS)
-    lines = (json.dumps({"text": text[:EXCERPT]}) + "\n" for text in chosen)
+        found = excerpts(map(json.loads, lines))
+    lines = (json.dumps({"text": text}) + "\n" for text in found)
     (work / "calibrate.jsonl").write_text("".join(lines), encoding="utf-8")
     seen.write_text(size)
+
+
+def excerpts(rows: Iterable[dict]) -> list[str]:
+    """As many from each source's documents, from anywhere in them, in an order of a seed's."""
+    generator, sources = random.Random(0), defaultdict(list)
+    for row in rows:
+        if len(row["text"]) > EXCERPT:
+            sources[row["source"]].append(row["text"])
+    chosen = [text for texts in sources.values() for text in generator.sample(texts, min(EXCERPTS, len(texts)))]
+    generator.shuffle(chosen)
+    starts = (generator.randrange(len(text) - EXCERPT) for text in chosen)
+    return [text[start : start + EXCERPT] for text, start in zip(chosen, starts, strict=True)]
 
 
 def nlls(model, tokenizer, text: str, share: float) -> dict[int, torch.Tensor]:

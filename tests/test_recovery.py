@@ -30,6 +30,16 @@ def test_margin_over_the_control():
     assert recovery.derived(ROWS[:1]) == []
 
 
+def test_excerpts_are_of_all_sources_alike():
+    rows = [{"source": s, "text": s * (2000 + 2000 * i)} for s in "ab" for i in range(12)] + [
+        {"source": "c", "text": "c"}
+    ]
+    found = recovery.excerpts(rows)
+    assert {len(text) for text in found} == {recovery.EXCERPT}
+    assert sorted(text[0] for text in found) == ["a"] * recovery.EXCERPTS + ["b"] * recovery.EXCERPTS
+    assert found == recovery.excerpts(rows)
+
+
 def test_memory_is_the_age_of_what_slots_hold():
     model, windows = student(start="routed"), tokens(2, 60)
     ages = recovery.memory(model, windows)
