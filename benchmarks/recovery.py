@@ -44,8 +44,8 @@ def prepare(data: Path, work: Path) -> None:
     """Unpack the corpus into DIR/corpus.jsonl, and excerpts of all its sources alike into DIR/calibrate.jsonl."""
     work.mkdir(parents=True, exist_ok=True)
     packed_corpus, seen = data / "corpus.jsonl.gz", work / "corpus.size"
-    size = str(packed_corpus.stat().st_size) if packed_corpus.is_file() else None
-    if (work / "calibrate.jsonl").is_file() and (size is None or (seen.is_file() and seen.read_text() == size)):
+    about = f"{packed_corpus.stat().st_size} {EXCERPT} {EXCERPTS}" if packed_corpus.is_file() else None
+    if (work / "calibrate.jsonl").is_file() and (about is None or (seen.is_file() and seen.read_text() == about)):
         return
     with gzip.open(packed_corpus, "rb") as packed, (work / "corpus.jsonl").open("wb") as file:
         shutil.copyfileobj(packed, file)
@@ -53,7 +53,7 @@ def prepare(data: Path, work: Path) -> None:
         found = excerpts(map(json.loads, lines))
     lines = (json.dumps({"text": text}) + "\n" for text in found)
     (work / "calibrate.jsonl").write_text("".join(lines), encoding="utf-8")
-    seen.write_text(size)
+    seen.write_text(about)
 
 
 def excerpts(rows: Iterable[dict]) -> list[str]:

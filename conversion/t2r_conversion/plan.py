@@ -176,7 +176,8 @@ def plan_for(source: Source, config: T2RConfig, dtype: str | None = None) -> Pla
     check_tensors(source, config)
     kept = _source_tensors(source, config)
     if dtype is not None:
-        kept = [_recast(tensor, _spelled(dtype)) for tensor in kept]
+        spelled = _spelled(dtype)
+        kept = [replace(x, dtype=spelled, bytes=x.parameters * DTYPES[spelled].itemsize) for x in kept]
     dtype = _main_dtype(kept)
     config.architectures = ["T2RForCausalLM"]
     config.dtype = DTYPES[dtype]
@@ -253,10 +254,6 @@ def _spelled(dtype: str) -> str:
     if dtype not in names:
         raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(names)}")
     return names[dtype]
-
-
-def _recast(tensor: PlannedTensor, dtype: str) -> PlannedTensor:
-    return replace(tensor, dtype=dtype, bytes=tensor.parameters * DTYPES[dtype].itemsize)
 
 
 def _main_dtype(tensors: list[PlannedTensor]) -> str:

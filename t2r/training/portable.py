@@ -130,14 +130,18 @@ def merged(model: T2RForCausalLM, folder: Path) -> T2RForCausalLM:
 def _converted(source: Source, folder: Path) -> T2RForCausalLM:
     """The converted model as it was before its finetune, but for the parameters that the adapter holds."""
     config = T2RConfig.from_json_file(folder / MODEL_CONFIG)
+    dtype = config.dtype
     plan = plan_for(source, config)
     kept = read_tensors(source.folder, source.tensors, (tensor.name for tensor in plan.having("copied")))
     with safe_open(folder / FITTED, framework="pt") as file:
-        if file.metadata()["base"] != fingerprint(kept):
+        known = file.metadata()["base"]
+    if fingerprint(kept) != known:  # its dtype may have been changed on the way
+        config.dtype, kept = dtype, {name: tensor.to(dtype) for name, tensor in kept.items()}
+        if fingerprint(kept) != known:
             raise ValueError(f"{source.name}: not the model that {folder} was trained on, though of the same shape")
     new = {tensor.name: torch.zeros(tensor.shape) for tensor in plan.having("new")}
     state = kept | new | load_file(folder / FITTED)
-    model = T2RForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=plan.dtype).eval()
+    model = T2RForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype).eval()
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model

@@ -54,6 +54,14 @@ def test_merged_with_its_base_it_is_the_run_merged(work, adapter, tmp_path):
     assert files(tmp_path / "again") == files(work / "merged")
 
 
+def test_a_base_whose_dtype_was_changed_when_it_was_converted(work, adapter):
+    teacher().save_pretrained(work / "base32")
+    model = T2RForCausalLM.from_adapter(work / "base32", adapter)
+    assert model.dtype == torch.bfloat16
+    for name, tensor in load_file(work / "merged" / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
 def test_the_model_is_there_without_a_folder(work, adapter):
     model = T2RForCausalLM.from_adapter(work / "base", adapter)
     expected = AutoModelForCausalLM.from_pretrained(work / "merged", dtype="auto")
