@@ -36,3 +36,4 @@ def train(
     except t2r.training.Terminated:
         note("asked to stop, and saved a checkpoint; the same command with --resume goes on from it")
         raise
+    t2r.training.leave_the_others()

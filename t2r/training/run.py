@@ -1,5 +1,6 @@
 """A run from beginning to end: prepare, evaluate, train stage by stage, evaluate again, report."""
 
+import gc
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -149,6 +150,12 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
         Console(stderr=True).print(f"report: {write_report(output)}", highlight=False)
     state.wait_for_everyone()
     return record
+
+
+def leave_the_others() -> None:
+    """End this process's part among several, before it exits: threads that still hold tensors would abort an exit."""
+    gc.collect()  # models and trainers refer to the process group
+    PartialState().destroy_process_group()
 
 
 def dry_run(path: str | Path, overrides: list[str] | None = None) -> Plan:
