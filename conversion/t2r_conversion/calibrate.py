@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from t2r.model.configuration_t2r import T2RConfig
 from t2r.model.modeling_t2r import T2RDecoderLayer, rotate
@@ -173,7 +173,7 @@ def _fit(
 ) -> Fit:
     softmax = copy(config)
     softmax.layer_types = [config.softmax_type] * config.num_hidden_layers
-    rope = LlamaRotaryEmbedding(config).to(device)
+    rope = Phi3RotaryEmbedding(config).to(device)
     rotation = rope(torch.zeros(1, device=device), torch.arange(windows.shape[1], device=device)[None])
     embedding = _tensor(files, "model.embed_tokens.weight")
     hidden = [embedding[row].float().to(device) for row in windows]  # each [L, hidden]

@@ -44,7 +44,7 @@ def export_fla(
         done = 0
         for shard in sorted({tensor.shard for tensor in kept.values()}):
             here = [name for name, tensor in kept.items() if tensor.shard == shard]
-            copy_tensors(partial / shard, [Part(folder / shard, name, [their_name(name)]) for name in here])
+            copy_tensors(partial / shard, [Part(folder / shard, name, their_name(name)) for name in here])
             done += sum(kept[name].bytes for name in here)
             if progress is not None:
                 progress(done, total)

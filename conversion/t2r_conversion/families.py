@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 from t2r.model.configuration_t2r import LINEAR_ATTENTION, T2RConfig
+from t2r_conversion.headers import SourceTensor, one_line, parts_of
 
 
 class TensorRow(NamedTuple):
@@ -69,6 +70,7 @@ class Family:
         fixed: `T2RConfig` fields that every model of the family has in common.
         tensors: the tensors that are kept.
         dropped: patterns of names that are known and not kept; a row of `tensors` goes first.
+        fused: modules whose weights the source holds as one, and what its rows are, in order.
     """
 
     model_type: str
@@ -78,6 +80,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     tensors: tuple[TensorRow, ...] = LLAMA_TENSORS
     dropped: tuple[str, ...] = LLAMA_DROPPED
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def recurrent(self) -> bool:
@@ -121,9 +124,39 @@ class Family:
             expected.update({row.name.format(layer=layer): shape for layer in layers})
         return expected
 
+    def stored_name(self, name: str) -> str:
+        """The name of the source's tensor that holds one of the model's."""
+        return _replaced(name, {part: fused for fused, parts in self.fused.items() for part in parts})
+
+    def taken_apart(self, tensors: Mapping[str, SourceTensor], source_config: Any) -> dict[str, SourceTensor]:
+        """Headers of the model's tensors, where the source holds some of them as one.
+
+        Raises:
+            ValueError: the configuration makes no sense.
+        """
+        if not self.fused:
+            return dict(tensors)
+        try:
+            expected = self.expected_tensors(T2RConfig(**self.config_values(source_config)))
+        except Exception as error:  # whatever transformers makes of fields that make no sense
+            raise ValueError(one_line(error)) from error
+        rows: dict[str, dict[str, int]] = {}
+        for name, shape in expected.items():
+            rows.setdefault(self.stored_name(name), {})[name] = shape[0]
+        apart = {}
+        for name, header in tensors.items():
+            apart |= parts_of(name, header, rows.get(name, {name: 0}))
+        return apart
+
     def drops(self, name: str) -> bool:
         """Whether a tensor that is not expected is known and left out."""
         return any(fnmatch(name, pattern) for pattern in self.dropped)
+
+
+def _replaced(name: str, modules: Mapping[str, str]) -> str:
+    """A tensor's name with another module in it."""
+    *path, module, kind = name.rsplit(".", 2)
+    return ".".join([*path, modules.get(module, module), kind])
 
 
 def _sizes(config: T2RConfig) -> dict[str, int]:
@@ -233,6 +266,17 @@ FAMILIES = {
             },
             fixed={"qk_norm": True, "mlp_bias": False},
             gguf_architecture="qwen3",
+        ),
+        Family(
+            model_type="phi3",
+            architectures=("Phi3ForCausalLM",),
+            config_fields={
+                **{name: targets for name, targets in COMMON_FIELDS.items() if name != "head_dim"},
+                "sliding_window": ("sliding_window",),
+            },
+            fixed={"attention_bias": False, "attention_out_bias": False, "mlp_bias": False},
+            gguf_architecture="phi3",
+            fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
         ),
         Family(  # flash-linear-attention's; `fla_config` makes a `T2RConfig` of its configuration
             model_type="gsa",

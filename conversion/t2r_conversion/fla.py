@@ -1,14 +1,11 @@
-"""flash-linear-attention's checkpoints of Gated Slot Attention: the names of their tensors, and files under ours."""
+"""flash-linear-attention's checkpoints of Gated Slot Attention: the names of their tensors."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from pathlib import Path
 
 from t2r.model.configuration_t2r import T2RConfig
 from t2r_conversion.fla_config import GSA
-from t2r_conversion.headers import SourceTensor, read_headers
-from t2r_conversion.shards import Part, copy_tensors
+from t2r_conversion.headers import SourceTensor, parts_of
 
 NAMES = (
     (".embed_tokens.", ".embeddings."),
@@ -62,21 +59,6 @@ def renamed(tensors: Mapping[str, SourceTensor], config: T2RConfig, where: str) 
     """A checkpoint's headers under the names that `our_names` gives; arguments and errors as there."""
     headers = {}
     for name, ours in our_names(tensors, config, where).items():
-        shape = tensors[name].shape
-        if len(ours) > 1 and shape:
-            shape = (shape[0] // len(ours), *shape[1:])
-        headers |= dict.fromkeys(ours, replace(tensors[name], shape=shape))
+        rows = sum(tensors[name].shape[:1]) // len(ours)
+        headers |= parts_of(name, tensors[name], dict.fromkeys(ours, rows))
     return headers
-
-
-def unpack_fla(folder: Path, config: T2RConfig, out: Path) -> None:
-    """Write a checkpoint's safetensors files with the names of a T2R model's tensors, file by file.
-
-    Raises:
-        ValueError: as `our_names`, or a file is damaged.
-    """
-    tensors = read_headers(folder)
-    names = our_names(tensors, config, str(folder))
-    for shard in sorted({tensor.shard for tensor in tensors.values()}):
-        here = [name for name, tensor in tensors.items() if tensor.shard == shard]
-        copy_tensors(out / shard, [Part(folder / shard, name, names[name]) for name in here])

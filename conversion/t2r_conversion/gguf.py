@@ -69,7 +69,8 @@ def _huggingface_names(family: Family, config: PreTrainedConfig) -> dict[str, st
     architecture = {name: key for key, name in MODEL_ARCH_NAMES.items()}[family.gguf_architecture]
     table = get_tensor_name_map(architecture, config.num_hidden_layers)
     expected = family.expected_tensors(T2RConfig(**family.config_values(config)))
-    return {table.get_name(name, try_suffixes=(".weight", ".bias")): name for name in expected}
+    stored = {family.stored_name(name) for name in expected}
+    return {table.get_name(name, try_suffixes=(".weight", ".bias")): name for name in stored}
 
 
 def _save_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:

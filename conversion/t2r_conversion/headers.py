@@ -2,7 +2,9 @@
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 
@@ -15,11 +17,21 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor's header: shape, dtype as safetensors spells it ("BF16"), and the file that holds it."""
+    """A tensor's header.
+
+    Attributes:
+        shape: its shape.
+        dtype: as safetensors spells it ("BF16").
+        shard: the file that holds it.
+        stored: its name in there, where that is another; None for its own.
+        rows: which rows of the tensor in there it is, from and up to; None for all.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     shard: str
+    stored: str | None = None
+    rows: tuple[int, int] | None = None
 
     @property
     def parameters(self) -> int:
@@ -31,6 +43,24 @@ class SourceTensor:
         """Size in bytes."""
         bits = re.search(r"\d+", self.dtype)
         return self.parameters * (int(bits.group()) if bits else 8) // 8  # BOOL has no number: a byte
+
+
+def parts_of(stored: str, header: SourceTensor, rows: Mapping[str, int]) -> dict[str, SourceTensor]:
+    """The headers of what a file holds under another name, or as one tensor.
+
+    Args:
+        stored: the name in the file.
+        header: what the file says of it.
+        rows: how many each part has, by name and in order; the last has all that are left.
+    """
+    if len(rows) == 1 or not header.shape:
+        return {name: replace(header, stored=None if name == stored else stored) for name in rows}
+    ends = [*accumulate(rows.values(), initial=0)]
+    ends[-1] = header.shape[0]
+    return {
+        name: replace(header, shape=(max(0, end - begin), *header.shape[1:]), stored=stored, rows=(begin, end))
+        for name, begin, end in zip(rows, ends, ends[1:], strict=False)
+    }
 
 
 def read_headers(folder: Path) -> dict[str, SourceTensor]:

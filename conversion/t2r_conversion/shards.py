@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -61,15 +61,17 @@ class Part(NamedTuple):
 
     Attributes:
         source: the safetensors file that holds it.
-        name: its name there.
-        names: what it is called in the target; of several names each gets an equal part of its rows, in order.
+        stored: its name there.
+        name: its name in the target.
         dtype: in the target, as safetensors spells it; None for its own.
+        rows: of the tensor there, from and up to; None for all.
     """
 
     source: Path
+    stored: str
     name: str
-    names: Sequence[str]
     dtype: str | None = None
+    rows: tuple[int, int] | None = None
 
 
 def copy_tensors(target: Path, parts: Iterable[Part]) -> None:
@@ -84,27 +86,39 @@ def copy_tensors(target: Path, parts: Iterable[Part]) -> None:
             if part.source not in readers:
                 readers[part.source] = _opened(files.enter_context(part.source.open("rb")))
             reader, header, start = readers[part.source]
-            spans.append((reader, header[part.name], start, part))
-        spans.sort(key=lambda span: (span[0].name, span[1]["data_offsets"][0]))
+            entry = header[part.stored]
+            begin, end, shape = *entry["data_offsets"], entry["shape"]
+            if part.rows is not None:
+                first, last = part.rows
+                row = (end - begin) // shape[0]
+                begin, end, shape = begin + first * row, begin + last * row, [last - first, *shape[1:]]
+            spans.append(_Span(reader, start + begin, end - begin, shape, entry["dtype"], part))
+        spans.sort(key=lambda span: (span.reader.name, span.begin))
         kept, offset = {"__metadata__": {"format": "pt"}}, 0
-        for _, entry, _, part in spans:
-            (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], part.dtype or entry["dtype"]
-            size = (end - begin) // len(part.names)
-            if dtype != entry["dtype"]:
-                size = size // DTYPES[entry["dtype"]].itemsize * DTYPES[dtype].itemsize
-            if len(part.names) > 1:
-                shape = [shape[0] // len(part.names), *shape[1:]]
-            for name in part.names:
-                kept[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-                offset += size
+        for span in spans:
+            dtype, size = span.part.dtype or span.dtype, span.size
+            if dtype != span.dtype:
+                size = size // DTYPES[span.dtype].itemsize * DTYPES[dtype].itemsize
+            kept[span.part.name] = {"dtype": dtype, "shape": span.shape, "data_offsets": [offset, offset + size]}
+            offset += size
         encoded = json.dumps(kept).encode()
         encoded += b" " * (-len(encoded) % 8)  # safetensors keeps the data aligned
         writer.write(struct.pack("<Q", len(encoded)) + encoded)
-        for reader, entry, start, part in spans:
-            begin, end = entry["data_offsets"]
-            reader.seek(start + begin)
-            for block in _blocks(reader, end - begin):
-                writer.write(block if part.dtype in (None, entry["dtype"]) else _cast(block, entry["dtype"], part))
+        for span in spans:
+            span.reader.seek(span.begin)
+            for block in _blocks(span.reader, span.size):
+                writer.write(block if span.part.dtype in (None, span.dtype) else _cast(block, span.dtype, span.part))
+
+
+class _Span(NamedTuple):
+    """The bytes of a part, in its source."""
+
+    reader: BinaryIO
+    begin: int
+    size: int
+    shape: list[int]
+    dtype: str
+    part: Part
 
 
 def _opened(reader: BinaryIO) -> tuple[BinaryIO, dict, int]:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from yaml import YAMLError
 
 from t2r_conversion.families import Family, family_of
-from t2r_conversion.fla import renamed, unpack_fla
+from t2r_conversion.fla import renamed
 from t2r_conversion.fla_config import read_fla_config
 from t2r_conversion.gguf import read_gguf_header, unpack_gguf
 from t2r_conversion.headers import INDEX, SINGLE, SourceTensor, one_line, read_headers, read_json
@@ -48,8 +48,7 @@ class Source:
 
     Attributes:
         name: a Hub id, or the last component of a local path.
-        kind: "folder", "hub" (weights not downloaded), "gguf" or "pickle" (weights not unpacked), or "fla" (tensors
-            not renamed).
+        kind: "folder", "hub" (weights not downloaded), "gguf" or "pickle" (weights not unpacked).
         folder: where its files are.
         family: its family.
         config: its configuration.
@@ -86,12 +85,12 @@ def read_source(source: str | Path) -> Source:
 
 @contextmanager
 def open_source(source: str | Path | Source, *, scratch: str | Path | None = None) -> Iterator[Source]:
-    """A model with its weights in safetensors files on this machine, downloaded, unpacked or renamed if they must be.
+    """A model with its weights in safetensors files on this machine, downloaded or unpacked if they must be.
 
     Args:
         source: what `read_source` takes, or what it returned.
-        scratch: folder to unpack a GGUF file or pickled weights in, or to rename tensors in; emptied first and removed
-            afterwards; one among the system's temporary files when not given.
+        scratch: folder to unpack a GGUF file or pickled weights in; emptied first and removed afterwards; one among the
+            system's temporary files when not given.
 
     Raises:
         ValueError: as `read_source`, or the weights cannot be had.
@@ -109,8 +108,7 @@ def open_source(source: str | Path | Source, *, scratch: str | Path | None = Non
         folder = Path(scratch or mkdtemp(prefix="t2r-"))
         try:
             _empty(folder)
-            with open_source(_unpacked(source, folder), scratch=folder / "renamed") as opened:
-                yield replace(opened, temporary=True, license=source.license)
+            yield replace(_unpacked(source, folder), temporary=True, license=source.license)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -120,9 +118,6 @@ def _unpacked(source: Source, folder: Path) -> Source:
         unpack_gguf(source.folder / source.name, source.config, folder)
         return _read_folder(folder, source.name)
     copy_small_files(source.folder, folder)
-    if source.kind == "fla":
-        unpack_fla(source.folder, source.config, folder)
-        return replace(source, kind="folder", folder=folder)
     unpack_pickles(source.folder, folder)
     return _read_folder(folder, source.name)
 
@@ -156,9 +151,7 @@ def _read_folder(folder: Path, name: str) -> Source:
 def _source(
     name: str, kind: str, folder: Path, family: Family, config: PreTrainedConfig, tensors: dict[str, SourceTensor]
 ) -> Source:
-    if family.recurrent:
-        kind = "fla" if kind == "folder" else kind
-        tensors = renamed(tensors, config, str(folder))
+    tensors = renamed(tensors, config, str(folder)) if family.recurrent else family.taken_apart(tensors, config)
     return Source(name, kind, folder, family, config, tensors, license=_licence(folder))
 
 
@@ -191,7 +184,7 @@ def _read_gguf(path: Path) -> Source:
         raise ValueError(f"{path}: no such file")
     family, config, shapes, licence = read_gguf_header(path)
     tensors = {name: SourceTensor(shape, "F32", SINGLE) for name, shape in shapes.items()}
-    return Source(path.name, "gguf", path.parent, family, config, tensors, license=licence)
+    return Source(path.name, "gguf", path.parent, family, config, family.taken_apart(tensors, config), license=licence)
 
 
 def _licence(folder: Path) -> str | None:

@@ -153,7 +153,8 @@ def _source_of(plan: Plan, tensors: list[PlannedTensor]) -> Path | None:
     names = {tensor.name for tensor in tensors}
     shards = {tensor.shard for tensor in tensors}
     there = {name for name, header in plan.source.tensors.items() if header.shard in shards}
-    as_it_is = all(tensor.dtype == plan.source.tensors[tensor.name].dtype for tensor in tensors)
+    headers = [plan.source.tensors[tensor.name] for tensor in tensors]
+    as_it_is = all(t.dtype == h.dtype and h.stored is None for t, h in zip(tensors, headers, strict=True))
     return plan.source.folder / shards.pop() if len(shards) == 1 and there == names and as_it_is else None
 
 
@@ -182,8 +183,7 @@ def _write_weights(
     for tensors, name in zip(shards, names, strict=False):
         whole = _source_of(plan, tensors)
         if whole is None:
-            parts = [Part(plan.source.folder / t.shard, t.name, [t.name], t.dtype) for t in tensors]
-            copy_tensors(folder / name, parts)
+            copy_tensors(folder / name, [_part(plan.source, tensor) for tensor in tensors])
             came["written"] += 1
         elif plan.source.temporary:
             shutil.move(whole, folder / name)
@@ -205,6 +205,11 @@ def _write_weights(
         progress(total, total)
     _write_index(plan, files, folder / INDEX)
     return {"shards": dict(came)} | about
+
+
+def _part(source: Source, tensor: PlannedTensor) -> Part:
+    header = source.tensors[tensor.name]
+    return Part(source.folder / header.shard, header.stored or tensor.name, tensor.name, tensor.dtype, header.rows)
 
 
 def _write_new(tensors: list[PlannedTensor], path: Path, fitted: dict[str, torch.Tensor]) -> None:

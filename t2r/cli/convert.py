@@ -52,7 +52,7 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     json: Json = False,
 ) -> None:
-    """Convert a softmax Transformer (Llama, Mistral, Qwen2, Qwen3) into a recurrent T2R model.
+    """Convert a softmax Transformer (Llama, Mistral, Phi-3, Qwen2, Qwen3) into a recurrent T2R model.
 
     Gated Slot Attention models of flash-linear-attention become T2R models as they are.
     """

@@ -15,10 +15,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
-    LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -51,8 +52,12 @@ class GateProjection(nn.Linear):
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding of queries and keys `[B, T, heads, D]`; cosines and sines are `[B, T, D]`."""
-    return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    """Rotary position embedding of queries and keys `[B, T, heads, D]`.
+
+    Cosines and sines are `[B, T, D]`, or `[B, T, R]` where the first R numbers of a head turn and the others stay.
+    """
+    apply = apply_rotary_pos_emb if cos.shape[-1] == q.shape[-1] else apply_partial_rotary_pos_emb
+    return apply(q, k, cos, sin, unsqueeze_dim=2)
 
 
 class LanguageModelHead(nn.Linear):
@@ -262,7 +267,7 @@ class T2RModel(T2RPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(T2RDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = Phi3RotaryEmbedding(config)  # Llama's, which may turn a part of each head alone
         self.gradient_checkpointing = False
         self.post_init()
 

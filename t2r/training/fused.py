@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from t2r.model import T2RForCausalLM
-from t2r.model.modeling_t2r import T2RAttention
+from t2r.model.modeling_t2r import T2RAttention, rotate
 from t2r.training.adapters import base_of
 from t2r.training.config import TrainConfig
 
@@ -63,5 +63,7 @@ def _swiglu(self: LlamaMLP, x: Tensor) -> Tensor:
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     from liger_kernel.transformers.functional import liger_rope
 
+    if cos.shape[-1] < q.shape[-1]:  # a part of each head
+        return rotate(q, k, cos, sin)
     q, k = liger_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
     return q.transpose(1, 2), k.transpose(1, 2)

@@ -196,6 +196,7 @@ def training(monkeypatch):
     module.calls = []
     module.run = lambda *args, **kwargs: module.calls.append(("run", [*map(str, args)], kwargs))
     module.merge = lambda *args, **kwargs: module.calls.append(("merge", [*map(str, args)], kwargs))
+    module.leave_the_others = lambda: module.calls.append(("leave_the_others",))
     monkeypatch.setitem(sys.modules, "t2r.training", module)
     monkeypatch.setattr("t2r.training", module, raising=False)
     return module.calls
@@ -206,7 +207,9 @@ def test_train_passes_its_arguments_on(training):
     assert run("train", "recipe.yaml", "--overwrite").exit_code == 0
     assert training == [
         ("run", ["recipe.yaml", "['steps=3', 'lora.rank=8']"], {"resume": True, "overwrite": False}),
+        ("leave_the_others",),
         ("run", ["recipe.yaml", "[]"], {"resume": False, "overwrite": True}),
+        ("leave_the_others",),
     ]
 
 

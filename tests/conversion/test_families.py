@@ -4,10 +4,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from t2r.model import T2RForCausalLM
 from t2r.model.configuration_t2r import T2RConfig
-from t2r_conversion import FAMILIES, read_source
+from t2r_conversion import FAMILIES, SourceTensor, read_source
 from tests.conversion.tiny import plan_conversion
 
 from . import tiny
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [1.0, 4.0, 9.0],
+}
 
 
 @pytest.mark.parametrize(
@@ -18,6 +26,8 @@ from . import tiny
         ("llama", {"mlp_bias": True, "tie_word_embeddings": True}),
         ("mistral", {}),
         ("mistral", {"head_dim": 24, "tie_word_embeddings": True}),
+        ("phi3", {}),
+        ("phi3", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
         ("qwen2", {}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("qwen3", {"head_dim": 24}),
@@ -32,8 +42,9 @@ def test_table_is_the_models_own(family, changes):
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
     converted = T2RConfig(**FAMILIES[family].config_values(config))
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    assert FAMILIES[family].expected_tensors(converted) == shapes
+    headers = {name: SourceTensor(tuple(tensor.shape), "F32", "model.safetensors") for name, tensor in state.items()}
+    apart = FAMILIES[family].taken_apart(headers, config)
+    assert FAMILIES[family].expected_tensors(converted) == {name: header.shape for name, header in apart.items()}
 
 
 def test_config_fields_follow_the_source():
@@ -60,6 +71,10 @@ def test_mistral_keeps_its_window_and_has_no_bias():
     [
         (tiny.llama, {"attention_bias": True, "mlp_bias": True}),
         (tiny.mistral, {"sliding_window": 20}),
+        (tiny.phi3, {}),
+        (tiny.phi3, {"sliding_window": 20, "tie_word_embeddings": True}),
+        (tiny.phi3, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+        (tiny.phi3, {"rope_parameters": LONGROPE, "original_max_position_embeddings": 40}),
         (tiny.qwen2, {}),
         (tiny.qwen2, {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0}),
         (tiny.qwen3, {"attention_bias": True}),
@@ -77,11 +92,11 @@ def test_a_converted_model_is_its_source(tmp_path, make, options):
     x = torch.randint(0, 96, (2, 48), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = teacher(x).logits
-        short = model(x[:, :16]).logits
+        short, expected_short = (kind(x[:, :16]).logits for kind in (model, teacher))
         with model.softmax_attention():
             long = model(x).logits
     scale = expected.std()
-    assert (short - expected[:, :16]).abs().max() < 1e-3 * scale
+    assert (short - expected_short).abs().max() < 1e-3 * scale
     assert (long - expected).abs().max() < 1e-3 * scale
 
 

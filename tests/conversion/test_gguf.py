@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from t2r_conversion import read_source, source, write, writer
@@ -15,13 +15,15 @@ from tests.conversion.tiny import convert, plan_conversion
 from . import tiny
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
+NAMES_OF = {"phi3": gguf.MODEL_ARCH.PHI3}
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def model(tied):
+def model(tied, family="llama"):
     torch.manual_seed(0)
     shape = tiny.SHAPE | {"vocab_size": len(SPECIAL) + 258, "tie_word_embeddings": tied, "rms_norm_eps": 1e-5}
-    return LlamaForCausalLM(LlamaConfig(**shape))
+    config_class, model_class = tiny.MODELS[family]
+    return model_class(config_class(**shape))
 
 
 def write_gguf(path, llama, architecture="llama", **more):
@@ -36,7 +38,7 @@ def write_gguf(path, llama, architecture="llama", **more):
     file.add_head_count_kv(config.num_key_value_heads)
     file.add_layer_norm_rms_eps(config.rms_norm_eps)
     file.add_rope_freq_base(10000.0)
-    file.add_rope_dimension_count(config.head_dim)
+    file.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     file.add_vocab_size(config.vocab_size)
     file.add_tokenizer_model("gpt2")
     file.add_tokenizer_pre("default")
@@ -46,8 +48,9 @@ def write_gguf(path, llama, architecture="llama", **more):
     file.add_bos_token_id(1)
     file.add_eos_token_id(2)
     file.add_unk_token_id(0)
+    file.add_pad_token_id(0)
     file.add_chat_template(TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(NAMES_OF.get(architecture, gguf.MODEL_ARCH.LLAMA), config.num_hidden_layers)
     for name, tensor in llama.state_dict().items():
         if not (name == "lm_head.weight" and config.tie_word_embeddings):
             file.add_tensor(names.get_name(name, (".weight",)), as_llama_cpp(name, tensor.numpy(), config))
@@ -88,6 +91,14 @@ def test_weights_config_and_tokenizer_come_through(tmp_path, tied):
     assert tokenizer.chat_template == TEMPLATE
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
+
+
+def test_a_family_that_fuses_projections(tmp_path):
+    source = model(False, "phi3")
+    convert(write_gguf(tmp_path / "tiny.gguf", source, "phi3"), tmp_path / "out", num_slots=8)
+    written, original = tiny.load_all(tmp_path / "out"), source.state_dict()
+    qkv = [written[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"]
+    assert torch.equal(torch.cat(qkv), original["model.layers.1.self_attn.qkv_proj.weight"])
 
 
 def test_dry_run_unpacks_nothing(tmp_path, capsys):

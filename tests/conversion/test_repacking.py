@@ -33,6 +33,39 @@ def test_another_dtype(tmp_path, dtype):
     assert record["shards"].get("copied", 0) + record["shards"].get("cloned", 0) == unchanged
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_fused_projections_are_taken_apart(tmp_path, size, dtype):
+    source = tiny.phi3(tmp_path / "source", shard_size=size)
+    plan = convert(source, tmp_path / "out", num_slots=8, dtype=dtype, hard_link=True)
+    before, after = tiny.load_all(source), tiny.load_all(tmp_path / "out")
+    together = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    for name, tensor in before.items():
+        *path, module, weight = name.rsplit(".", 2)
+        parts = [after.pop(".".join([*path, part, weight])) for part in together.get(module, (module,))]
+        assert torch.equal(torch.cat(parts), tensor.to(plan.dtype)), name
+    assert set(after) == {tensor.name for tensor in plan.having("new")}
+    record = json.loads((tmp_path / "out" / "t2r_record.json").read_text())["conversion"]
+    whole = sum("qkv_proj" not in name and "up_proj" not in name for shard in shards(source).values() for name in shard)
+    assert plan.totals()["copied"]["tensors"] == whole + 3 * 5  # layers, and what is taken apart in each
+    untouched = [s for s in shards(source).values() if not any("qkv" in name or "gate_up" in name for name in s)]
+    assert record["shards"].get("linked", 0) == (len(untouched) if dtype is None else 0)
+
+
+def test_fused_projections_of_another_size_are_refused(tmp_path):
+    source = tiny.phi3(tmp_path / "source")
+    name = "model.layers.1.self_attn.qkv_proj.weight"
+    tensors = load_file(source / "model.safetensors")
+    tensors[name] = tensors[name][:-3].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 of the wrong shape: \S+v_proj\.weight \[13, 32\]"):
+        convert(source, tmp_path / "out", num_slots=8)
+    del tensors[name]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"3 missing: model\.layers\.1\.self_attn\.q_proj\.weight"):
+        convert(source, tmp_path / "out", num_slots=8)
+
+
 @pytest.mark.parametrize("size", [1, 5_000, 10**9])
 def test_shards_of_a_size(tmp_path, size):
     source = tiny.llama(tmp_path / "source", shard_size="20KB")

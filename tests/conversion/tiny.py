@@ -11,6 +11,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -37,6 +39,7 @@ plan_conversion = partial(t2r_conversion.plan_conversion, start="window")
 MODELS = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "phi3": (partial(Phi3Config, pad_token_id=0, eos_token_id=2), Phi3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
@@ -48,9 +51,10 @@ def random_model(family: str, folder: Path, *, dtype=torch.float32, shard_size="
     return _save(model_class, config_class(**SHAPE | changes), folder, dtype, shard_size)
 
 
-llama, mistral, qwen2 = (partial(random_model, family) for family in ("llama", "mistral", "qwen2"))
+llama, mistral, phi3, qwen2 = (partial(random_model, name) for name in ("llama", "mistral", "phi3", "qwen2"))
 qwen3 = partial(random_model, "qwen3", head_dim=16)  # heads that together are wider than the hidden states
-FAMILIES = [llama, mistral, qwen2, qwen3]
+UNTOUCHED = [llama, mistral, qwen2, qwen3]  # families whose tensors the converted model holds as they are
+FAMILIES = [*UNTOUCHED, phi3]
 
 
 def _save(model_class, config, folder: Path, dtype, shard_size: str) -> Path:
