@@ -25,7 +25,9 @@ def read_tensors(folder: Path, headers: dict[str, SourceTensor], names: Iterable
     tensors = {}
     for shard in sorted({headers[name].shard for name in wanted}):
         with safe_open(folder / shard, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in sorted(wanted & set(file.keys()))}
+            for name in sorted(name for name in wanted if headers[name].shard == shard):
+                stored, rows = headers[name].stored or name, headers[name].rows
+                tensors[name] = file.get_slice(stored)[slice(*rows)] if rows else file.get_tensor(stored)
     return tensors
 
 

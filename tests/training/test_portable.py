@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from t2r.hub import push
 from t2r.model import T2RForCausalLM
@@ -58,6 +58,21 @@ def test_a_base_whose_dtype_was_changed_when_it_was_converted(work, adapter):
     teacher().save_pretrained(work / "base32")
     model = T2RForCausalLM.from_adapter(work / "base32", adapter)
     assert model.dtype == torch.bfloat16
+    for name, tensor in load_file(work / "merged" / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_base_that_holds_projections_as_one(work, adapter, tmp_path):
+    llama = teacher().to(torch.bfloat16)
+    fields = Phi3Config().to_dict().keys() & llama.config.to_dict().keys() - {"model_type", "architectures"}
+    phi = Phi3ForCausalLM(Phi3Config(**{name: getattr(llama.config, name) for name in fields})).to(torch.bfloat16)
+    own = llama.state_dict()
+    parts = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    for name, tensor in phi.state_dict().items():
+        *path, module, weight = name.rsplit(".", 2)
+        tensor.copy_(torch.cat([own[".".join([*path, part, weight])] for part in parts.get(module, (module,))]))
+    phi.save_pretrained(tmp_path)
+    model = T2RForCausalLM.from_adapter(tmp_path, adapter)
     for name, tensor in load_file(work / "merged" / "model.safetensors").items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
