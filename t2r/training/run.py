@@ -79,7 +79,6 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     if resume and is_finished(output):
         Console(stderr=True).print(f"{output}: finished already; report: {output / 'report.md'}", highlight=False)
         return read_record(output)
-    check_teacher(config)
     if config.eval.text:
         read_text(config.eval.text)  # better to fail now than after the model is loaded
     tokenizer = load_tokenizer(config.model)
@@ -90,6 +89,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     dtype = dtype_of(config, on_cuda)
     bf16, liger = on_cuda and dtype == "bfloat16", wants_liger(config, on_cuda)
     stages = plan_stages(config, state.num_processes)
+    check_teacher(config, [stage.config for stage in stages], read_record(config.model))
     check_zero3(stages)
     for stage in stages:
         training_arguments(config, stage, bf16)  # better to fail now than when its turn comes

@@ -1,6 +1,6 @@
 """Teachers: the softmax attention that a student came from, in its own frozen weights or in a model of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -11,7 +11,8 @@ from transformers.utils import is_bitsandbytes_available
 
 from t2r.model import T2RForCausalLM
 from t2r.training.adapters import adapters_in, base_of, switched
-from t2r.training.config import TrainConfig
+from t2r.training.config import StageConfig, TrainConfig
+from t2r_conversion.fla_config import GSA
 
 
 class Teacher(Protocol):
@@ -66,8 +67,24 @@ def needs_separate_teacher(config: TrainConfig) -> bool:
     return config.trains == "full"
 
 
-def check_teacher(config: TrainConfig) -> None:
-    """Raise ValueError if a teacher is to be quantised and there is no bitsandbytes that transformers can use."""
+def check_teacher(config: TrainConfig, stages: Iterable[StageConfig], record: dict) -> None:
+    """Refuse a teacher that cannot be had.
+
+    Args:
+        config: of the run.
+        stages: of the run.
+        record: the model's.
+
+    Raises:
+        ValueError: it is to be quantised, and there is no bitsandbytes that transformers can use; or the model never
+            had softmax attention to learn from.
+    """
+    learning = [stage.loss for stage in stages if stage.loss.align or stage.loss.distill]
+    if learning and record.get("conversion", {}).get("family") == GSA.model_type:
+        raise ValueError(
+            f"{config.model}: comes from flash-linear-attention, so it has no softmax attention to learn from; train "
+            "it on text alone (loss: {distill: 0, cross_entropy: 1})"
+        )
     if config.teacher_bits and not is_bitsandbytes_available():
         raise ValueError(
             f"teacher_bits: {config.teacher_bits} needs bitsandbytes; install it (pip install -U bitsandbytes)"

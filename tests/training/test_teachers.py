@@ -1,5 +1,8 @@
 """The two teachers, and training everything."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -101,6 +104,15 @@ def test_resumed_is_uninterrupted(config, tmp_path, monkeypatch, after):
     monkeypatch.setattr(TRAINER, "training_step", step)
     resumed = run(config, FULL, resume=True)
     assert [e["loss"] for e in resumed["history"]] == [e["loss"] for e in whole["history"]]
+
+
+@pytest.mark.parametrize("loss", [{"distill": 1.0}, {"align": 1.0, "distill": 0.0}])
+def test_no_teacher_in_a_model_that_never_had_softmax_attention(config, loss):
+    record = Path(load_config(config).model) / "t2r_record.json"
+    record.write_text(json.dumps({"conversion": {"family": "gsa"}}))
+    with pytest.raises(ValueError, match="flash-linear-attention, so it has no softmax attention to learn from"):
+        run(config, [f"loss={loss}"])
+    run(config, ["loss={distill: 0, cross_entropy: 1}"])
 
 
 def test_a_plan_of_everything(config):
