@@ -1,16 +1,23 @@
 """Convert pretrained softmax Transformers into T2R models: plan from headers, then write one shard at a time."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from t2r.model.configuration_t2r import T2RConfig
-from t2r_conversion.calibrate import calibration_of, check_text
+from t2r_conversion.calibrate import Calibration, calibration_of, check_text
 from t2r_conversion.export import export_fla
 from t2r_conversion.families import FAMILIES, Family
 from t2r_conversion.headers import SourceTensor
 from t2r_conversion.plan import Plan, PlannedTensor, plan_conversion
 from t2r_conversion.report import render
+from t2r_conversion.routers import Fit, fit_routers
+from t2r_conversion.slots import can_differ, slots_by_need
 from t2r_conversion.source import Source, open_source, read_source
+from t2r_conversion.stream import where_it_fits
+from t2r_conversion.tensors import read_tensors
 from t2r_conversion.writer import Progress, can_link, check_output, check_space, write
 
 __all__ = [
@@ -37,6 +44,7 @@ def convert(
     start: str | None = None,
     num_slots: int | None = None,
     num_sinks: int = 4,
+    slots_by_layer: str | Iterable[int] | None = None,
     keep_softmax: Iterable[int] = (),
     gate_write: float = T2RConfig.gate_write_logit,
     gate_keep: float = T2RConfig.gate_keep_logit,
@@ -59,6 +67,9 @@ def convert(
         out: folder to write.
         start: see `plan_conversion`, as for the next seven.
         num_slots: see `plan_conversion`.
+        slots_by_layer: "even" for `num_slots` in each; "by need" for more in layers that need them and fewer in others,
+            no more in all, as the text that routers are fitted to shows; or the slots of each layer. None for "by need"
+            with the routed start, "even" with others.
         num_sinks: see `plan_conversion`.
         keep_softmax: see `plan_conversion`.
         gate_write: see `plan_conversion`.
@@ -82,9 +93,13 @@ def convert(
     Raises:
         ValueError: see `read_source`, `plan_conversion` and `write`; or the source is not what `source_format` says.
     """
+    named = slots_by_layer if isinstance(slots_by_layer, str) else None
+    if named not in (None, "even", "by need"):
+        raise ValueError(f"slots_by_layer {named!r} is unknown; use 'by need', 'even', or the slots of each layer")
     options = {
         "start": start,
         "num_slots": num_slots,
+        "slots_by_layer": None if named or slots_by_layer is None else list(slots_by_layer),
         "num_sinks": num_sinks,
         "keep_softmax": tuple(keep_softmax),
         "gate_write": gate_write,
@@ -98,24 +113,53 @@ def convert(
         _check_format(headers, source_format)
     plan = plan_conversion(headers, **options)
     routed = plan.config.start == "routed"
+    by_need = named == "by need" or (routed and slots_by_layer is None)
+    if not routed and (calibrate is not None or by_need):
+        what = "slots_by_layer: by need" if calibrate is None else "calibrate"
+        raise ValueError(f"{what} has no effect with start {plan.config.start!r}; use start 'routed'")
     if calibrate is not None:
-        if not routed:
-            raise ValueError(f"calibrate has no effect with start {plan.config.start!r}; use start 'routed'")
         check_text(calibrate)
     if dry_run:
         return plan
     check_output(out, headers.folder, overwrite)
     if not (hard_link and can_link(headers, out)):
         check_space(out, sum(tensor.bytes for tensor in plan.having("copied", "new")))
-    about = calibrate, calibration_tokens, plan.config.num_slots
-    fit = calibration_of(*about, headers.folder, calibrating) if routed and headers.kind != "gguf" else None
+    most = 2 * plan.config.num_slots if by_need else plan.config.most_slots
+    about = calibrate, calibration_tokens, most
+    text = calibration_of(*about, headers.folder, calibrating) if routed and headers.kind != "gguf" else None
     with open_source(headers, scratch=out.with_name(f".{out.name}.unpacked")) as opened:
-        plan = plan_conversion(opened, **options)
-        if routed and fit is None:
-            fit = calibration_of(*about, opened.folder, calibrating)
-        options = {"calibration": fit, "hard_link": hard_link, "max_shard_size": max_shard_size}
-        write(plan, out, overwrite=overwrite, progress=progress, **options)
+        plan, fit = plan_conversion(opened, **options), None
+        if routed:
+            text = text or calibration_of(*about, opened.folder, calibrating)
+            plan, fit = _fitted(plan, options, text, by_need)
+        more = {} if fit is None else {"fitted": fit.tensors, "about": {"calibration": text.as_dict() | fit.as_dict()}}
+        more |= {"hard_link": hard_link, "max_shard_size": max_shard_size}
+        write(plan, out, overwrite=overwrite, progress=progress, **more)
     return plan
+
+
+def _fitted(plan: Plan, options: dict, text: Calibration, by_need: bool) -> tuple[Plan, Fit]:
+    """Routers fitted to a text, and the plan with the slots of each layer by need."""
+    by_need = by_need and can_differ(plan.config)
+    source, done, passes = plan.source, 0, 1 + by_need
+
+    def read(name: str) -> Tensor:
+        return read_tensors(source.folder, source.tensors, [name])[name]
+
+    def progress(layers: int, total: int) -> None:
+        if text.progress is not None:
+            text.progress(done * total + layers, passes * total)
+
+    def on_device(work: Callable) -> Any:
+        return where_it_fits(lambda device: work(plan.config, read, text.windows, device, progress))
+
+    if by_need:
+        slots = on_device(slots_by_need)
+        if len(set(slots)) > 1:
+            known = {"num_slots": plan.config.num_slots, "slots_by_layer": slots}
+            plan = plan_conversion(source, **options | known)
+        done = 1
+    return plan, on_device(fit_routers)
 
 
 def _check_format(source: Source, source_format: str) -> None:

@@ -97,6 +97,7 @@ class Plan:
             "license": self.source.license,
             "start": config.start,
             "num_slots": config.num_slots,
+            **({} if config.slots_by_layer is None else {"slots_by_layer": config.slots_by_layer}),
             "num_sinks": config.num_sinks,
             **({} if config.hybrid_window is None else {"window": config.hybrid_window}),
             "gate_write_logit": config.gate_write_logit,
@@ -118,6 +119,7 @@ def plan_conversion(
     *,
     start: str | None = None,
     num_slots: int | None = None,
+    slots_by_layer: Iterable[int] | None = None,
     num_sinks: int = 4,
     keep_softmax: Iterable[int] = (),
     gate_write: float = T2RConfig.gate_write_logit,
@@ -131,6 +133,7 @@ def plan_conversion(
         source: from `read_source` or `open_source`.
         start: "window", "routed" or "paper"; None for "routed", or what a recurrent source is.
         num_slots: slots of each key/value head; None for 64, or what a recurrent source has.
+        slots_by_layer: window and routed start: the same for each layer, if layers are to differ.
         num_sinks: window and routed start: slots that keep the first tokens.
         keep_softmax: numbers of the layers that stay softmax attention.
         gate_write: window and routed start: `T2RConfig.gate_write_logit`.
@@ -147,12 +150,16 @@ def plan_conversion(
     keep_softmax = tuple(keep_softmax)
     if source.family.recurrent:
         wanted = {"start": start, "num_slots": num_slots, "keep_softmax": keep_softmax or None, "window": window}
+        wanted["slots_by_layer"] = slots_by_layer
         _check_unchanged(source.name, values, **wanted)
+    if slots_by_layer is not None:
+        slots_by_layer = list(slots_by_layer)
+        num_slots = num_slots or (sum(slots_by_layer) // len(slots_by_layer) if slots_by_layer else None)
     options = {"start": "routed", "num_slots": DEFAULT_SLOTS}
     options |= {name: x for name, x in {"start": start, "num_slots": num_slots}.items() if x is not None} | values
     _warn_without_effect(options["start"], num_sinks=num_sinks, gate_write_logit=gate_write, gate_keep_logit=gate_keep)
     options |= {"num_sinks": num_sinks, "gate_write_logit": gate_write, "gate_keep_logit": gate_keep}
-    options |= {"hybrid_window": window}
+    options |= {"hybrid_window": window, "slots_by_layer": slots_by_layer}
     try:
         config = T2RConfig(**options)
     except Exception as error:  # whatever transformers makes of fields that make no sense
@@ -271,6 +278,6 @@ def _new_tensors(config: T2RConfig, dtype: str) -> list[PlannedTensor]:
             f"model.layers.{layer}.self_attn.{name}", "new", shape, dtype, size, size * itemsize, None, mean, std
         )
         for layer in config.slot_layers
-        for name, (shape, mean, std) in new_tensors(config).items()
+        for name, (shape, mean, std) in new_tensors(config, config.slots_of(layer)).items()
         for size in [prod(shape)]
     ]

@@ -24,7 +24,7 @@ def _tensors(plan: Plan) -> Table:
 def _layers(plan: Plan) -> Table:
     config = plan.config
     table = _table("Layers", "count", "which")
-    slots = f"Gated Slot Attention, {config.start} start, {config.num_slots} slots"
+    slots = f"Gated Slot Attention, {config.start} start, {config.slots_in_words} slots"
     for kind in dict.fromkeys(config.layer_types):
         numbers = [number for number, other in enumerate(config.layer_types) if other == kind]
         name = slots if kind in SLOT_ATTENTION else kind

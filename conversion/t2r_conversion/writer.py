@@ -3,11 +3,12 @@
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -15,7 +16,6 @@ import transformers
 from safetensors.torch import save_file
 
 import t2r
-from t2r_conversion.calibrate import Calibration, fit_routers
 from t2r_conversion.headers import INDEX, write_index
 from t2r_conversion.plan import DTYPES, Plan, PlannedTensor
 from t2r_conversion.record import write_record
@@ -34,7 +34,8 @@ def write(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
-    calibration: Calibration | None = None,
+    fitted: Mapping[str, torch.Tensor] | None = None,
+    about: Mapping[str, Any] | None = None,
     hard_link: bool = False,
     max_shard_size: int | None = None,
 ) -> None:
@@ -48,7 +49,8 @@ def write(
         out: folder to make.
         overwrite: replace the model that is there, once the new one is complete.
         progress: called after each shard.
-        calibration: routed start: what its routers are fitted to.
+        fitted: values of new tensors by name, in place of those that they start with.
+        about: what else to record.
         hard_link: share the files of untouched shards with the source.
         max_shard_size: most bytes of the tensors in a shard, but for a tensor that is larger; None for shards as the
             source has them.
@@ -65,10 +67,10 @@ def write(
         shards = _shards(plan, max_shard_size)
         check_space(out, _bytes_to_write(plan, shards, hard_link and can_link(plan.source, out)))
         partial.mkdir(parents=True)
-        about = _write_weights(plan, shards, partial, progress or (lambda _done, _total: None), calibration, hard_link)
+        came = _write_weights(plan, shards, partial, progress or (lambda _done, _total: None), fitted or {}, hard_link)
         copy_small_files(plan.source.folder, partial)
         plan.config.save_pretrained(partial)  # with the code of the model
-        write_record(partial, {"conversion": _record(plan) | about})
+        write_record(partial, {"conversion": {**_record(plan), "shards": came, **(about or {})}})
 
 
 def check_output(out: Path, source: Path, overwrite: bool) -> None:
@@ -170,10 +172,10 @@ def _write_weights(
     shards: list[list[PlannedTensor]],
     folder: Path,
     progress: Progress,
-    calibration: Calibration | None,
+    fitted: Mapping[str, torch.Tensor],
     hard_link: bool,
-) -> dict:
-    """All shards and the index; returns what to record: how shards came, and of routers, layer by layer."""
+) -> dict[str, int]:
+    """All shards and the index; returns how many shards came in which way."""
     new = plan.having("new")
     count = len(shards) + bool(new)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
@@ -192,19 +194,12 @@ def _write_weights(
             came[take_over(whole, folder / name, hard_link)] += 1
         done += sum(tensor.bytes for tensor in tensors)
         progress(done, total)
-    fitted, about = {}, {}
-    if calibration:
-        there = {tensor.name: folder / files[tensor.name] for tensor in plan.having("copied")}
-        fit = fit_routers(plan.config, there, calibration.windows, calibration.progress)
-        fitted, figures = fit.tensors, {"r_squared": fit.r_squared, "errors": fit.errors}
-        figures = {name: [round(x, 4) for x in each] for name, each in figures.items()}
-        about = {"calibration": calibration.as_dict() | figures}
     if new:
         _write_new(new, folder / names[-1], fitted)
         came["written"] += 1
         progress(total, total)
     _write_index(plan, files, folder / INDEX)
-    return {"shards": dict(came)} | about
+    return dict(came)
 
 
 def _part(source: Source, tensor: PlannedTensor) -> Part:
@@ -212,7 +207,7 @@ def _part(source: Source, tensor: PlannedTensor) -> Part:
     return Part(source.folder / header.shard, header.stored or tensor.name, tensor.name, tensor.dtype, header.rows)
 
 
-def _write_new(tensors: list[PlannedTensor], path: Path, fitted: dict[str, torch.Tensor]) -> None:
+def _write_new(tensors: list[PlannedTensor], path: Path, fitted: Mapping[str, torch.Tensor]) -> None:
     generator = torch.Generator().manual_seed(SEED)
     values = {}
     for tensor in tensors:

@@ -20,6 +20,13 @@ def convert(
         str | None, typer.Option(help="How the recurrent layers begin: routed (the default), window or paper.")
     ] = None,
     slots: Annotated[int | None, typer.Option(help="Slots of each key/value head; 64 if not given.")] = None,
+    slots_by_layer: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="Slots of each layer: 'by need' (routed start: if not given), 'even', or each one's, as 48,80,64.",
+        ),
+    ] = "",
     sinks: Annotated[int, typer.Option(help="Window and routed start: slots that keep the first tokens.")] = 4,
     keep_softmax: Annotated[str, typer.Option(metavar="0,8,16", help="Layers that keep softmax attention.")] = "",
     window: Annotated[
@@ -68,6 +75,7 @@ def convert(
             output,
             start=start,
             num_slots=slots,
+            slots_by_layer=_slots(slots_by_layer),
             num_sinks=sinks,
             keep_softmax=_numbers(keep_softmax, "--keep-softmax"),
             window=window,
@@ -118,11 +126,15 @@ def _verify(source: str, output: Path) -> None:
     )
 
 
+def _slots(text: str) -> str | list[int] | None:
+    return _numbers(text, "--slots-by-layer") if text[:1].isdigit() else text or None
+
+
 def _numbers(text: str, option: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")] if text.strip() else []
     except ValueError as error:
-        raise ValueError(f"{option} {text!r}: give layer numbers with commas between them, as 0,8,16") from error
+        raise ValueError(f"{option} {text!r}: give numbers with commas between them, as 0,8,16") from error
 
 
 def _size(text: str) -> int | None:

@@ -20,7 +20,7 @@ class Verification:
     Attributes:
         tokens: how many.
         softmax: the largest difference with softmax attention, in standard deviations of the source's logits.
-        slots: the same with slots, on the first `num_slots` tokens.
+        slots: the same with slots, on the first tokens, which all layers' slots hold.
         agreement: share of all tokens at which the converted model would say what its source would.
     """
 
@@ -59,7 +59,7 @@ def verify_conversion(
     slots = _logits(model, ids)
     with model.softmax_attention():
         softmax = _logits(model, ids)
-    spread, short = expected.std(), model.config.num_slots
+    spread, short = expected.std(), model.config.fewest_slots
     found = Verification(
         ids.numel(),
         ((softmax - expected).abs().max() / spread).item(),

@@ -158,7 +158,7 @@ def _conversion(facts: ModelFacts) -> str:
         "Weights": f"{facts.weight_bytes:,} bytes, {facts.dtype}",
         "Layers": ", ".join(f"{count} {_KINDS.get(kind, kind)}" for kind, count in facts.layers.items()),
         "Start": facts.start,
-        "Slots of each key/value head": facts.slots,
+        "Slots of each key/value head": facts.slots_in_words,
         "… of which keep the first tokens at the start": facts.sinks,
         "Tokens of the softmax window beside the slots": facts.window,
         "Recurrent state of one sequence": f"{facts.state_bytes:,} bytes" if facts.state_bytes else None,
@@ -213,7 +213,7 @@ def _limits(facts: ModelFacts) -> str:
     if facts.slots:
         beside = "" if facts.window is None else f" and the last {facts.window} tokens"
         lines.append(
-            f"- A Gated Slot Attention layer keeps {facts.slots} slots of each key/value head{beside}, "
+            f"- A Gated Slot Attention layer keeps {facts.slots_in_words} slots of each key/value head{beside}, "
             "however long the text: what they no longer hold cannot be looked up word for word."
         )
     if facts.record and not facts.record.get("training"):

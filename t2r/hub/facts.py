@@ -24,7 +24,8 @@ class ModelFacts:
         start: how the recurrent layers were started; None if there are none.
         layers: number of layers by type.
         shape: hidden size, heads, key/value heads, head width, vocabulary.
-        slots: slots of each key/value head; None without recurrent layers.
+        slots: slots of each key/value head, in the mean where layers differ; None without recurrent layers.
+        slots_in_words: the same for people.
         sinks: slots that keep the first tokens; None where the start has none.
         window: tokens of the softmax window beside the slots; None where there is none.
         parameters: numbers stored.
@@ -43,6 +44,7 @@ class ModelFacts:
     layers: dict[str, int]
     shape: dict[str, int]
     slots: int | None
+    slots_in_words: str | None
     sinks: int | None
     window: int | None
     parameters: int
@@ -82,6 +84,7 @@ def model_facts(folder: str | Path) -> ModelFacts:
         layers=dict(Counter(_layer_types(config))),
         shape=_shape(config),
         slots=config.num_slots if recurrent else None,
+        slots_in_words=config.slots_in_words if recurrent else None,
         sinks=config.num_sinks if recurrent and config.start != "paper" else None,
         window=config.hybrid_window if recurrent else None,
         parameters=sizes.total(),

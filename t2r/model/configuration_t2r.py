@@ -40,6 +40,8 @@ class T2RConfig(PreTrainedConfig):
         hybrid_window: tokens of the softmax window beside the slots of hybrid layers.
         start: how the layers were started, "window", "routed" or "paper" (see `t2r.model.starts`).
         num_slots: slots M of each key/value head.
+        slots_by_layer: window and routed start: the same for each layer, where layers differ; then `num_slots` is what
+            the state of one that is as large has.
         num_sinks: window and routed start: slots that keep the first tokens for ever.
         gate_write_logit: these too: the scheduled slot's gate is `sigmoid(-gate_write_logit)` at the start.
         gate_keep_logit: these too: the other slots' gates are `sigmoid(gate_keep_logit)` at the start.
@@ -83,6 +85,7 @@ class T2RConfig(PreTrainedConfig):
     hybrid_window: int | None = None
     start: str = "window"
     num_slots: int = 64
+    slots_by_layer: list[int] | None = None
     num_sinks: int = 4
     gate_write_logit: float = 7.0
     gate_keep_logit: float = 12.0
@@ -122,10 +125,35 @@ class T2RConfig(PreTrainedConfig):
         """Numbers of the layers that have slots: the converted ones."""
         return [i for i, kind in enumerate(self.layer_types) if kind in SLOT_ATTENTION]
 
+    def slots_of(self, layer: int) -> int:
+        """Slots of each key/value head of a layer."""
+        return self.num_slots if self.slots_by_layer is None else self.slots_by_layer[layer]
+
+    @property
+    def slots_in_all(self) -> int:
+        """Slots of a key/value head, over all layers that have them."""
+        return sum(map(self.slots_of, self.slot_layers))
+
+    @property
+    def fewest_slots(self) -> int:
+        """Slots of a key/value head in the layer that has fewest: contexts that long are held whole."""
+        return min(map(self.slots_of, self.slot_layers), default=self.num_slots)
+
+    @property
+    def most_slots(self) -> int:
+        """Slots of a key/value head in the layer that has most."""
+        return max(map(self.slots_of, self.slot_layers), default=self.num_slots)
+
+    @property
+    def slots_in_words(self) -> str:
+        """Slots of each key/value head, for people."""
+        fewest, most, layers = self.fewest_slots, self.most_slots, len(self.slot_layers)
+        return f"{most}" if fewest == most else f"{fewest} to {most} (mean {self.slots_in_all / layers:.1f})"
+
     def state_elements(self) -> int:
         """Numbers in the slots of one sequence, over all layers that have them (each of four bytes)."""
         about = 2 if self.start == "routed" else 0  # the worth and the position of what a slot holds
-        return len(self.slot_layers) * self.num_key_value_heads * self.num_slots * (2 * self.head_dim + about)
+        return self.slots_in_all * self.num_key_value_heads * (2 * self.head_dim + about)
 
     def state_bytes(self, itemsize: int) -> int:
         """Bytes of the recurrent state of one sequence: its slots, and the windows of hybrid layers.
@@ -133,8 +161,9 @@ class T2RConfig(PreTrainedConfig):
         Args:
             itemsize: bytes of a number in the model's dtype, in which a window holds keys, values and gate logits.
         """
-        tokens = self.layer_types.count(HYBRID_ATTENTION) * (self.hybrid_window or 0) * self.num_key_value_heads
-        window = tokens * ((2 * self.head_dim + self.num_slots) * itemsize + INDEX_BYTES)
+        hybrid = [i for i, kind in enumerate(self.layer_types) if kind == HYBRID_ATTENTION]
+        token = sum((2 * self.head_dim + self.slots_of(i)) * itemsize + INDEX_BYTES for i in hybrid)
+        window = (self.hybrid_window or 0) * self.num_key_value_heads * token
         return self.state_elements() * SLOT_BYTES + window
 
     def kv_cache_elements(self, num_tokens: int) -> int:
@@ -151,6 +180,8 @@ class T2RConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not an activation that transformers knows")
+        if self.slots_by_layer is not None:
+            self._check_slots()
         if self.start != "paper" and not 0 <= self.num_sinks < self.num_slots:
             raise ValueError(
                 f"num_sinks must be at least 0 and below num_slots, got num_sinks={self.num_sinks}, "
@@ -174,3 +205,16 @@ class T2RConfig(PreTrainedConfig):
             )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention layers, but sliding_window is not set")
+
+    def _check_slots(self) -> None:
+        if self.start == "paper":
+            raise ValueError("slots_by_layer needs start 'window' or 'routed', got 'paper'")
+        if len(self.slots_by_layer) != self.num_hidden_layers:
+            raise ValueError(
+                f"slots_by_layer is of {len(self.slots_by_layer)} layers, num_hidden_layers is {self.num_hidden_layers}"
+            )
+        if min(self.slots_by_layer) <= self.num_sinks:
+            raise ValueError(
+                f"slots_by_layer must be above num_sinks ({self.num_sinks}) in all layers, got "
+                f"{min(self.slots_by_layer)} in one"
+            )

@@ -83,7 +83,7 @@ class T2RAttention(nn.Module):
     def __init__(self, config: T2RConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.kind = config.layer_types[layer_idx]
+        self.kind, self.num_slots = config.layer_types[layer_idx], config.slots_of(layer_idx)
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.is_causal = True
@@ -97,7 +97,7 @@ class T2RAttention(nn.Module):
             self.k_norm = LlamaRMSNorm(D, eps=config.rms_norm_eps)
         if self.kind in SLOT_ATTENTION:
             self.start = STARTS[config.start]
-            self.f_proj = GateProjection(config.hidden_size, H * config.num_slots, bias=self.start.gate_bias)
+            self.f_proj = GateProjection(config.hidden_size, H * self.num_slots, bias=self.start.gate_bias)
             if self.start.routed:
                 self.router = Router(config)
             if self.start.output_norm:
@@ -134,7 +134,7 @@ class T2RAttention(nn.Module):
             q, k = (x.to(v.dtype) for x in self.rotate(q, k, *rope))
         if start.swish:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        logits = self.f_proj(hidden_states).unflatten(-1, (-1, config.num_slots))  # [B, T, H, M]
+        logits = self.f_proj(hidden_states).unflatten(-1, (-1, self.num_slots))  # [B, T, H, M]
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         slots, held = self.schedule(hidden_states, positions, slots, layer and layer.held)
         tokens, offset, recent, window = Tokens(k, v, logits, slots), positions.offset, None, None
@@ -172,7 +172,7 @@ class T2RAttention(nn.Module):
     ) -> tuple[Tensor, Held | None]:
         """The slot that each token takes over, `[B, T, H]`; a routed layer chooses it by what slots hold."""
         if self.start.routed:
-            return routed_schedule(self.router(hidden_states), positions, self.config, held)
+            return routed_schedule(self.router(hidden_states), positions, self.config, held, self.num_slots)
         return slots.unsqueeze(-1).expand(*slots.shape, self.config.num_key_value_heads), None
 
     def _softmax(self, q, k, v, positions, rope, attention_mask, past_key_values, **kwargs) -> Tensor:
@@ -316,12 +316,13 @@ class T2RModel(T2RPreTrainedModel):
             past_key_values = T2RCache(self.config, self.layer_kinds)
         masks = self._softmax_masks(hidden_states, attention_mask, positions, past_key_values)
         rope = self.rotary_emb(hidden_states, position_ids=positions.ids)
-        slots = slot_schedule(positions, self.config)
+        counts = {layer.self_attn.num_slots for layer in self.layers}
+        schedules = {count: slot_schedule(positions, self.config, count) for count in counts}
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 positions=positions,
-                slots=slots,
+                slots=schedules[layer.self_attn.num_slots],
                 rope=rope,
                 attention_mask=masks.get(layer.self_attn.kind),
                 past_key_values=past_key_values,

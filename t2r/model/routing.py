@@ -41,7 +41,11 @@ def router_shapes(config: T2RConfig) -> dict[str, tuple[int, ...]]:
 
 
 def routed_schedule(
-    importance: Tensor, positions: Positions, config: T2RConfig, held: Held | None = None
+    importance: Tensor,
+    positions: Positions,
+    config: T2RConfig,
+    held: Held | None = None,
+    num_slots: int | None = None,
 ) -> tuple[Tensor, Held | None]:
     """The slot that each token takes over.
 
@@ -50,6 +54,7 @@ def routed_schedule(
         positions: of the pass.
         config: of the model.
         held: what slots hold before this pass; None at a sequence's start.
+        num_slots: of the layer; None for the configuration's.
 
     Returns:
         Slots, int32 `[B, T, H]`, -1 where a place holds no token; and what slots hold afterwards, None if packed.
@@ -57,4 +62,4 @@ def routed_schedule(
     sinks = (positions.ids < config.num_sinks).unsqueeze(-1)
     places = positions.ids if positions.padding is None else positions.ids.masked_fill(positions.padding, -1)
     rates = importance.neg().exp().masked_fill(sinks, 0.0)  # sinks do not age
-    return evict(rates, places, config.num_slots, held, positions.cu_seqlens, positions.longest)
+    return evict(rates, places, num_slots or config.num_slots, held, positions.cu_seqlens, positions.longest)

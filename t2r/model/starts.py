@@ -68,14 +68,18 @@ STARTS = {
 STARTS["routed"] = replace(STARTS["window"], routed=True)
 
 
-def new_parameters(config: T2RConfig) -> dict[str, tuple[tuple[int, ...], float, float]]:
+def new_parameters(config: T2RConfig, num_slots: int | None = None) -> dict[str, tuple[tuple[int, ...], float, float]]:
     """Parameters that a Gated Slot Attention layer has and its source has not.
+
+    Args:
+        config: of the model.
+        num_slots: of the layer; None for the configuration's.
 
     Returns:
         For each name below `self_attn`: its shape, and the mean and standard deviation it starts with.
     """
     start = STARTS[config.start]
-    gates = config.num_key_value_heads * config.num_slots
+    gates = config.num_key_value_heads * (num_slots or config.num_slots)
     parameters = {"f_proj.weight": ((gates, config.hidden_size), 0.0, start.gate_std)}
     if start.gate_bias:
         parameters["f_proj.bias"] = ((gates,), 0.0, 0.0)
@@ -84,10 +88,10 @@ def new_parameters(config: T2RConfig) -> dict[str, tuple[tuple[int, ...], float,
     return parameters
 
 
-def new_tensors(config: T2RConfig) -> dict[str, tuple[tuple[int, ...], float, float]]:
+def new_tensors(config: T2RConfig, num_slots: int | None = None) -> dict[str, tuple[tuple[int, ...], float, float]]:
     """As `new_parameters`, and what such a layer has beside them that does not train."""
     fitted = router_shapes(config) if STARTS[config.start].routed else {}
-    return new_parameters(config) | {f"router.{name}": (shape, 0.0, 0.0) for name, shape in fitted.items()}
+    return new_parameters(config, num_slots) | {f"router.{name}": (shape, 0.0, 0.0) for name, shape in fitted.items()}
 
 
 def window_schedule(position: Tensor, num_slots: int, num_sinks: int) -> Tensor:
@@ -105,10 +109,16 @@ def window_schedule(position: Tensor, num_slots: int, num_sinks: int) -> Tensor:
     return torch.where(position < num_sinks, position, ring).to(torch.int32)
 
 
-def slot_schedule(positions: Positions, config: T2RConfig) -> Tensor:
-    """The slot that each token takes over: `[B, T]` int32, -1 where a place holds no token. Not of routed layers."""
+def slot_schedule(positions: Positions, config: T2RConfig, num_slots: int | None = None) -> Tensor:
+    """The slot that each token takes over: `[B, T]` int32, -1 where a place holds no token. Not of routed layers.
+
+    Args:
+        positions: of the pass.
+        config: of the model.
+        num_slots: of the layer; None for the configuration's.
+    """
     if config.start == "window":
-        slot = window_schedule(positions.ids, config.num_slots, config.num_sinks)
+        slot = window_schedule(positions.ids, num_slots or config.num_slots, config.num_sinks)
     else:
         slot = torch.zeros_like(positions.ids, dtype=torch.int32)
     return slot if positions.padding is None else slot.masked_fill(positions.padding, -1)

@@ -27,7 +27,7 @@ def watched_gates(model: T2RForCausalLM | PeftModel) -> Iterator[list[torch.Tens
     def look(attention, arguments, keywords, _):
         if attention.kind not in SLOT_ATTENTION:  # the teacher passes by in the student's own layers
             return
-        logits = attention.f_proj(arguments[0]).unflatten(-1, (-1, attention.config.num_slots))
+        logits = attention.f_proj(arguments[0]).unflatten(-1, (-1, attention.num_slots))
         slots, _ = attention.schedule(arguments[0], keywords["positions"], keywords["slots"])
         alpha = log_gate(logits, gate_of(slots, attention.config)).exp()  # [B, T, H, M]
         saturated = (alpha < SATURATED) | (alpha > 1 - SATURATED)
@@ -42,22 +42,22 @@ def watched_gates(model: T2RForCausalLM | PeftModel) -> Iterator[list[torch.Tens
             hook.remove()
 
 
-def gate_statistics(figures: torch.Tensor, slots: int) -> dict[str, list[float] | float]:
+def gate_statistics(figures: torch.Tensor, slots: list[int]) -> dict[str, list[float] | float]:
     """What was watched, in words that people use.
 
     Args:
         figures: of all layers, `[layers, 3]`.
-        slots: of a layer.
+        slots: of each of these layers.
 
     Returns:
         `mean` and `saturated` as above; `memory`, the tokens for which something stays in a slot: slots over what is
         written a token; all over tokens, heads and layers. `memory_by_layer`: the latter for each converted layer.
     """
     mean, saturated, written = figures.mean(0).tolist()
-    by_layer = [slots / max(x, 1e-9) for x in figures[:, 2].tolist()]
+    by_layer = [count / max(x, 1e-9) for count, x in zip(slots, figures[:, 2].tolist(), strict=True)]
     return {
         "mean": mean,
         "saturated": saturated,
-        "memory": slots / max(written, 1e-9),
+        "memory": sum(slots) / len(slots) / max(written, 1e-9),
         "memory_by_layer": by_layer,
     }

@@ -127,7 +127,8 @@ class T2RTrainer(Trainer):
             if self.args.device.type == "cuda":
                 logs["peak_memory_mib"] = torch.cuda.max_memory_allocated(self.args.device) // 2**20
             if self._gates is not None:
-                gates = gate_statistics(self._gates, base_of(self.model).config.num_slots)
+                network = base_of(self.model).config
+                gates = gate_statistics(self._gates, [network.slots_of(i) for i in network.slot_layers])
                 logs |= {f"gates/{name}": gates[name] for name in ("mean", "saturated", "memory")}
             if self._misaligned:
                 errors, tokens = (self.accelerator.reduce(x, "sum") for x in self._misaligned)

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from t2r.model import T2RForCausalLM
 from t2r.model.positions import Positions
-from t2r_conversion import calibrate, convert
-from t2r_conversion.calibrate import calibration_of, distortion, fit_routers, lifetimes, ridge
+from t2r_conversion import calibrate, convert, routers
+from t2r_conversion.calibrate import calibration_of
+from t2r_conversion.routers import distortion, fit_routers, ridge
+from t2r_conversion.stream import Stream, lifetimes
 from tests.conversion import tiny
 from tests.tiny import tiny_llama, tiny_text
 
@@ -19,8 +20,9 @@ from tests.tiny import tiny_llama, tiny_text
 @pytest.fixture
 def short(monkeypatch):
     """Windows that a tiny text fills."""
-    for name, value in {"WINDOW": 64, "LATER": 5, "FAR": 30, "ENDING": 9, "QUERIES": 1}.items():
-        monkeypatch.setattr(calibrate, name, value)
+    monkeypatch.setattr(calibrate, "WINDOW", 64)
+    for name, value in {"LATER": 5, "FAR": 30, "ENDING": 9, "QUERIES": 1}.items():
+        monkeypatch.setattr(routers, name, value)
 
 
 def importance(probabilities):
@@ -46,13 +48,10 @@ def test_streamed_layers_see_what_the_whole_model_sees(make, tmp_path, short, mo
     with torch.no_grad(), model.softmax_attention():
         model(windows, use_cache=False)
     seen = []
-    monkeypatch.setattr(
-        calibrate, "ridge", lambda x, y: seen.append((x, y)) or (torch.zeros(2, 32), torch.zeros(2), 0.0)
-    )
-    files = {name: shard for shard in sorted((tmp_path / "out").glob("*.safetensors")) for name in load_file(shard)}
+    monkeypatch.setattr(routers, "ridge", lambda x, y: seen.append((x, y)) or (torch.zeros(2, 32), torch.zeros(2), 0.0))
     config = model.config
     config.start, config.num_sinks, config.num_slots = "routed", 1, 64
-    fit_routers(config, files, windows)
+    fit_routers(config, tiny.load_all(tmp_path / "out").__getitem__, windows, torch.device("cpu"))
     counted = slice(1, 64 - 9)
     for (x, y), given, probabilities in zip(seen, inputs, attention, strict=True):
         assert torch.allclose(x, given[:, counted].flatten(0, 1), atol=1e-3, rtol=1e-3)
@@ -62,13 +61,15 @@ def test_streamed_layers_see_what_the_whole_model_sees(make, tmp_path, short, mo
                 assert torch.allclose(y.view(2, -1, 2)[b, :, head], expected, atol=1e-2)
 
 
-def test_layers_are_fitted_to_what_the_converted_model_sees(tmp_path, short, monkeypatch):
+@pytest.mark.parametrize("slots_by_layer", [None, [11, 14, 20]])
+def test_layers_are_fitted_to_what_the_converted_model_sees(tmp_path, short, monkeypatch, slots_by_layer):
     tiny_llama(tmp_path / "source", num_hidden_layers=3)
     (tmp_path / "text.txt").write_text(tiny_text(400))
-    seen, ridge_itself = [], calibrate.ridge
-    monkeypatch.setattr(calibrate, "ridge", lambda x, y: seen.append(x) or ridge_itself(x, y))
+    seen, ridge_itself = [], routers.ridge
+    monkeypatch.setattr(routers, "ridge", lambda x, y: seen.append(x) or ridge_itself(x, y))
     options = {"num_slots": 14, "num_sinks": 2, "gate_write": 30.0, "gate_keep": 30.0, "calibration_tokens": 128}
-    convert(tmp_path / "source", tmp_path / "out", calibrate=tmp_path / "text.txt", keep_softmax=[1], **options)
+    options |= {"keep_softmax": [1], "slots_by_layer": slots_by_layer}
+    convert(tmp_path / "source", tmp_path / "out", calibrate=tmp_path / "text.txt", **options)
     model, given = T2RForCausalLM.from_pretrained(tmp_path / "out"), []
     for i in (0, 2):
         attention = model.model.layers[i].self_attn
@@ -118,12 +119,13 @@ def test_distortion_is_that_of_the_layer(tmp_path, short):
     model = T2RForCausalLM.from_pretrained(tmp_path / "out")
     layer, config = model.model.layers[0].self_attn, model.config
     x = torch.randn(1, 64, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    tokens = torch.zeros(1, 64, dtype=torch.long)
     positions = Positions.resolve(x, None, None, None, 0)
     rope, outputs, kept = model.model.rotary_emb(x, positions.ids), [], []
     layer.o_proj.register_forward_hook(lambda _, arguments, __: outputs.append(arguments[0]))
     with torch.no_grad():
         layer(x, positions=positions, slots=None, rope=rope, attention_mask=None, past_key_values=None)
-        heads = list(calibrate._heads(layer, x[0], rope, config))
+        heads = list(Stream(config, model.state_dict().__getitem__, tokens, x.device).heads(layer, x[0]))
         ends = lifetimes(layer.schedule(x, positions, None)[0])[None]
         actual = distortion([iter(heads)], torch.cat([torch.full_like(ends, 64), ends]), 12)  # [ways, H]
     for head, (weights, v) in enumerate(heads):
@@ -162,12 +164,12 @@ def test_each_head_takes_the_spread_that_distorts_least(tmp_path, short, monkeyp
     tiny_llama(tmp_path / "source")
     (tmp_path / "text.txt").write_text(tiny_text(400))
     chosen, weights = [], []
-    monkeypatch.setattr(calibrate, "distortion", lambda *a: chosen.append(distortion(*a)) or chosen[-1])
-    monkeypatch.setattr(calibrate, "ridge", lambda *a: weights.append(ridge(*a)) or weights[-1])
+    monkeypatch.setattr(routers, "distortion", lambda *a: chosen.append(distortion(*a)) or chosen[-1])
+    monkeypatch.setattr(routers, "ridge", lambda *a: weights.append(ridge(*a)) or weights[-1])
     options = {"num_slots": 14, "num_sinks": 2, "calibrate": tmp_path / "text.txt", "calibration_tokens": 400}
     convert(tmp_path / "source", tmp_path / "out", keep_softmax=[1], **options)
     router = T2RForCausalLM.from_pretrained(tmp_path / "out").model.layers[0].self_attn.router
-    factors = torch.tensor(calibrate.SPREADS)[chosen[0].argmin(0)]
+    factors = torch.tensor(routers.SPREADS)[chosen[0].argmin(0)]
     assert torch.allclose(router.weight, weights[0][0] * factors[:, None])
     assert torch.allclose(router.bias, weights[0][1] * factors)
     record = json.loads((tmp_path / "out" / "t2r_record.json").read_text())["conversion"]

@@ -47,6 +47,30 @@ def test_a_window_beside_the_slots(source):
     assert "16 slots beside a window of 6 tokens" in text.getvalue()
 
 
+def test_layers_that_differ(source):
+    plan, even = plan_conversion(source, slots_by_layer=[8, 32, 9]), plan_conversion(source, num_slots=16)
+    assert (plan.config.num_slots, plan.config.fewest_slots, plan.config.most_slots) == (16, 8, 32)
+    assert plan.config.slots_in_all == 49
+    assert plan.memory()[0]["state"] * 48 == even.memory()[0]["state"] * 49
+    assert plan.summary()["slots_by_layer"] == [8, 32, 9]
+    assert "slots_by_layer" not in even.summary()
+    shapes = {tensor.name: tensor.shape for tensor in plan.having("new")}
+    assert [shapes[f"model.layers.{i}.self_attn.f_proj.weight"][0] for i in range(3)] == [16, 64, 18]
+    text = StringIO()
+    Console(file=text, width=120).print(render(plan))
+    assert "8 to 32 (mean 16.3) slots" in text.getvalue()
+    kept = plan_conversion(source, slots_by_layer=[8, 32, 9], keep_softmax=[1]).config
+    assert (kept.slots_in_all, kept.most_slots) == (17, 9)
+    beside, same = (
+        config.state_bytes(2) - 4 * config.state_elements()
+        for config in (
+            plan_conversion(source, slots_by_layer=[8, 32, 9], window=5).config,
+            plan_conversion(source, num_slots=16, window=5).config,
+        )
+    )
+    assert beside == same + 5 * 2 * 2  # tokens x heads x the logit of one slot more, in bf16
+
+
 def test_plan_is_json_and_names_no_path(source):
     plan = plan_conversion(source, num_slots=8)
     content = json.loads(json.dumps(plan.as_dict()))
@@ -84,6 +108,8 @@ def test_gate_logits_reach_the_configuration(source):
         ({"window": 0}, "hybrid_window must be at least 1, got 0"),
         ({"window": 4, "start": "paper"}, "needs start 'window' or 'routed'"),
         ({"keep_softmax": [0, 3, -1]}, "no layers -1, 3; the model has 0 to 2"),
+        ({"slots_by_layer": [16, 16]}, "slots_by_layer is of 2 layers, num_hidden_layers is 3"),
+        ({"slots_by_layer": []}, "slots_by_layer is of 0 layers"),
     ],
 )
 def test_bad_options(source, options, message):

@@ -29,6 +29,8 @@ OPTIONS = {kind: {"layer_types": types} for kind, types in LAYERS.items()} | {
     "hybrid": {"hybrid_window": 7},
     "hybrid, one token": {"hybrid_window": 1, "layer_types": ["hybrid_sliding", "full_attention", "linear_attention"]},
     "hybrid, routed start": {"hybrid_window": 5, "start": "routed"},
+    "layers differ": {"slots_by_layer": [8, 20, 16]},
+    "layers differ, hybrid, routed start": {"slots_by_layer": [20, 8, 16], "hybrid_window": 5, "start": "routed"},
 }
 
 
@@ -53,6 +55,15 @@ def masked_teacher(source, x, num_slots, num_sinks):
 def test_exact_window_start_is_the_teacher_up_to_num_slots():
     source, x = teacher(), tokens(2, 16)
     close(student(source, exact=True)(x).logits, source(x).logits, 1e-4)
+
+
+@pytest.mark.parametrize("start", ["window", "routed"])
+def test_exact_start_of_layers_that_differ_is_the_teacher_up_to_the_fewest_slots(start):
+    source, x = teacher(), tokens(2, 40)
+    model = student(source, exact=True, start=start, slots_by_layer=[20, 12, 16])
+    assert model.config.fewest_slots == 12
+    close(model(x[:, :12]).logits, source(x[:, :12]).logits, 1e-4)
+    assert (model(x[:, :13]).logits - source(x[:, :13]).logits)[:, 12].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("num_sinks", [0, 2, 15])

@@ -12,6 +12,7 @@ MODELS = {
     "routed": {"start": "routed"},
     "hybrid": {"hybrid_window": 6},
     "hybrid, routed": {"hybrid_window": 6, "start": "routed"},
+    "layers differ": {"start": "routed", "slots_by_layer": [8, 20, 16]},
 }
 
 

@@ -15,10 +15,14 @@ from tests.model.tiny import shake, student, tokens
 from tests.model.tiny import teacher as tiny_teacher
 
 
+def slots_of(model):
+    return [model.config.slots_of(i) for i in model.config.slot_layers]
+
+
 def figures(model, T=64):
     with torch.no_grad(), watched_gates(model) as found:
         model(tokens(1, T), use_cache=False)
-    return gate_statistics(torch.stack(found), model.config.num_slots)
+    return gate_statistics(torch.stack(found), slots_of(model))
 
 
 def test_a_window_keeps_for_as_long_as_it_is_wide():
@@ -30,6 +34,13 @@ def test_a_window_keeps_for_as_long_as_it_is_wide():
     soft = figures(student(tiny_teacher(), gate_write_logit=2.0, gate_keep_logit=2.0))
     assert soft["saturated"] == 0
     assert soft["memory"] < slots
+
+
+def test_each_layer_keeps_for_as_long_as_its_own_slots_last():
+    gates = {"gate_write_logit": 30.0, "gate_keep_logit": 30.0}
+    found = figures(student(tiny_teacher(), slots_by_layer=[8, 20, 14], **gates))
+    assert found["memory_by_layer"] == pytest.approx([8, 20, 14], rel=1e-3)
+    assert found["memory"] == pytest.approx(14, rel=1e-3)
 
 
 @pytest.mark.parametrize("last", ["linear_attention", "hybrid_sliding"])
@@ -53,7 +64,7 @@ def test_the_teacher_that_passes_by_does_not_count():
     for weights in (LossConfig(), LossConfig(distill=0.0, cross_entropy=1.0)):
         with watched_gates(model) as of_pass:
             predicted_loss(model, model, OwnTeacher(), {"input_ids": x}, x, weights)
-        found.append(gate_statistics(torch.stack(of_pass), model.config.num_slots))
+        found.append(gate_statistics(torch.stack(of_pass), slots_of(model)))
     assert found[0] == found[1]
     assert len(found[0]["memory_by_layer"]) == 3
 
