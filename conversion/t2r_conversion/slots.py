@@ -1,6 +1,5 @@
 """How many slots each layer gets: more where what slots forget changes more of what later layers read."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,15 +11,22 @@ from t2r_conversion.routers import fitted
 from t2r_conversion.stream import Read, Stream, held_until
 from t2r_kernels import MAX_SLOTS
 
-FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)  # on `num_slots`: what is measured, and the least and most that a layer gets
+FACTORS = (0.75, 1.0, 2.0)  # on `num_slots`. Kernels are compiled for each number of slots, so there are few.
 MEASURED = 4  # windows that it is measured on
-STEP = 8  # slots that are given at a time
 POWER = 0.7  # of the residual stream's squared length
 
 
+def levels(config: T2RConfig) -> list[int]:
+    """The slots that a layer may get, least first; the Triton kernels take them, if they take `num_slots`."""
+    most = MAX_SLOTS if config.num_slots <= MAX_SLOTS else 2 * config.num_slots
+    choices = {round(factor * config.num_slots) for factor in FACTORS}
+    return sorted(slots for slots in choices if config.num_sinks < slots <= most)
+
+
 def can_differ(config: T2RConfig) -> bool:
-    """Whether there are layers, and slots enough, to take from some for others."""
-    return len(config.slot_layers) > 1 and config.num_slots >= 2 * STEP
+    """Whether some layers may have fewer slots than others, so that these may have more."""
+    choices = levels(config)
+    return len(config.slot_layers) > 1 and choices[0] < config.num_slots < choices[-1]
 
 
 @torch.no_grad()
@@ -42,7 +48,7 @@ def slots_by_need(
 def _needs(
     config: T2RConfig, read: Read, windows: Tensor, device: torch.device, progress: Progress | None
 ) -> dict[int, list[float]]:
-    """How much slots change what a converted layer adds to the residual stream, for each of `FACTORS`.
+    """How much slots change what a converted layer adds to the residual stream, for each of `levels`.
 
     It is the squared length of the change over the stream's own, that to the power of `POWER`: a change that is as
     large as another relative to the stream matters more in later layers. Mean over tokens that no slots held whole. The
@@ -55,9 +61,9 @@ def _needs(
         if number in config.slot_layers:
             weight, bias, _ = fitted(stream, layer.self_attn, inputs)
             foreseen = torch.stack([x @ weight.T + bias for x in inputs])  # [windows, L, H]
-            ways = {factor: held_until(foreseen, config, round(factor * config.num_slots)) for factor in FACTORS}
+            ways = {slots: held_until(foreseen, config, slots) for slots in levels(config)}
             needs[number] = [_change(stream, layer.self_attn, inputs, way, config.num_slots) for way in ways.values()]
-            ends = ways[1.0]
+            ends = ways[config.num_slots]
         stream.advance(layer, inputs, ends)
         if progress is not None:
             progress(number + 1, count)
@@ -74,35 +80,31 @@ def _change(stream: Stream, attention, inputs: list[Tensor], ends: Tensor, num_s
 
 
 def allotted(needs: dict[int, Sequence[float]], config: T2RConfig) -> list[int]:
-    """The slots with which what is measured adds up to least, layers taken by themselves.
+    """The slots with which what is measured adds up to little, layers taken by themselves.
+
+    All begin with the least. What slots are left go where one more changes least what is lost, one layer after another.
 
     Args:
-        needs: for each converted layer, what is measured with `num_slots` times each of `FACTORS`.
+        needs: for each converted layer, what is measured with each of `levels`.
         config: of the converted model.
 
     Returns:
         Slots of each layer, `num_slots` of those that are not converted.
     """
-    least = max(config.num_sinks + 1, round(FACTORS[0] * config.num_slots))
-    most = 2 * config.num_slots
-    if config.num_slots <= MAX_SLOTS:
-        most = min(most, MAX_SLOTS)  # the Triton kernels take no more
-    slots = dict.fromkeys(needs, least)
-    left = len(needs) * config.num_slots - sum(slots.values())
-
-    def gain(layer: int) -> float:
-        return _at(needs[layer], slots[layer], config) - _at(needs[layer], slots[layer] + STEP, config)
-
-    while left >= STEP and (open_ones := [layer for layer in slots if slots[layer] + STEP <= most]):
-        slots[max(open_ones, key=gain)] += STEP
-        left -= STEP
+    choices = levels(config)
+    chosen = dict.fromkeys(needs, 0)  # of these, by layer
+    left = len(needs) * (config.num_slots - choices[0])
+    while True:
+        steps = [
+            ((needs[layer][now] - needs[layer][to]) / (choices[to] - choices[now]), layer, to)
+            for layer, now in chosen.items()
+            for to in range(now + 1, len(choices))
+            if choices[to] - choices[now] <= left
+        ]
+        if not steps:
+            break
+        _, layer, to = max(steps)
+        left -= choices[to] - choices[chosen[layer]]
+        chosen[layer] = to
+    slots = {layer: choices[number] for layer, number in chosen.items()}
     return [slots.get(layer, config.num_slots) for layer in range(config.num_hidden_layers)]
-
-
-def _at(measured: Sequence[float], slots: int, config: T2RConfig) -> float:
-    """What would be measured with so many slots: between what is, a power of their number."""
-    known = [math.log(round(factor * config.num_slots)) for factor in FACTORS]
-    values = [math.log(max(value, 1e-12)) for value in measured]
-    place = max(i for i in range(len(known) - 1) if i == 0 or known[i] <= math.log(slots))
-    slope = (values[place + 1] - values[place]) / (known[place + 1] - known[place])
-    return math.exp(values[place] + slope * (math.log(slots) - known[place]))
