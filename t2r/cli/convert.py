@@ -19,7 +19,9 @@ def convert(
     start: Annotated[
         str | None, typer.Option(help="How the recurrent layers begin: routed (the default), window or paper.")
     ] = None,
-    slots: Annotated[int | None, typer.Option(help="Slots of each key/value head; 64 if not given.")] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Slots of each key/value head, in the mean of layers; 64 if not given.")
+    ] = None,
     slots_by_layer: Annotated[
         str,
         typer.Option(

@@ -167,6 +167,19 @@ def test_convert_with_a_window(tmp_path):
     assert "hybrid_window must be at least 1, got -1" in fails(*command, "--overwrite", "--window", -1)
 
 
+def test_convert_with_slots_by_layer(tmp_path):
+    tiny_llama(tmp_path / "source")
+    command = ("convert", tmp_path / "source", "-o", tmp_path / "out", "--start", "window", "--slots-by-layer")
+    assert "6 to 12 (mean 9.0) slots" in run(*command, "6,12").stdout
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["num_slots"], config["slots_by_layer"]) == (9, [6, 12])
+    assert json.loads(run("inspect", tmp_path / "out", "--json").stdout)["slots_in_words"] == "6 to 12 (mean 9.0)"
+    assert run(*command, "even", "--slots", "8", "--overwrite").exit_code == 0
+    assert json.loads((tmp_path / "out/config.json").read_text())["slots_by_layer"] is None
+    assert "--slots-by-layer '6,a'" in fails(*command, "6,a")
+    assert "slots_by_layer 'some' is unknown" in fails(*command, "some")
+
+
 def test_models_of_flash_linear_attention_in_and_out(tmp_path):
     source = gsa.write(tmp_path / "source", gsa.CONFIG, gsa.weights(gsa.CONFIG))
     result = run("convert", source, "-o", tmp_path / "out", "--from", "fla")
