@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from t2r.model.configuration_t2r import T2RConfig
+from t2r.model.modeling_t2r import T2RAttention
 from t2r_conversion.calibrate import Progress
 from t2r_conversion.routers import fitted
 from t2r_conversion.stream import Read, Stream, held_until
@@ -62,7 +63,7 @@ def _needs(
             weight, bias, _ = fitted(stream, layer.self_attn, inputs)
             foreseen = torch.stack([x @ weight.T + bias for x in inputs])  # [windows, L, H]
             ways = {slots: held_until(foreseen, config, slots) for slots in levels(config)}
-            needs[number] = [_change(stream, layer.self_attn, inputs, way, config.num_slots) for way in ways.values()]
+            needs[number] = _changes(stream, layer.self_attn, inputs, list(ways.values()), config.num_slots)
             ends = ways[config.num_slots]
         stream.advance(layer, inputs, ends)
         if progress is not None:
@@ -70,13 +71,18 @@ def _needs(
     return needs
 
 
-def _change(stream: Stream, attention, inputs: list[Tensor], ends: Tensor, num_slots: int) -> float:
+def _changes(
+    stream: Stream, attention: T2RAttention, inputs: list[Tensor], ways: list[Tensor], num_slots: int
+) -> list[float]:
+    """The change of the residual stream, for each of several ways to hold tokens, `[windows, L, H]`."""
     changes = []
-    for x, through, until in list(zip(stream.hidden, inputs, ends, strict=True))[:MEASURED]:
-        change = stream.attend(attention, through, until) - stream.attend(attention, through)
-        lengths = x[num_slots:].square().sum(-1)
-        changes.append((change[num_slots:].square().sum(-1) / lengths**POWER).mean())
-    return torch.stack(changes).mean().item()
+    for window, (x, through) in enumerate(zip(stream.hidden, inputs, strict=True)):
+        if window == MEASURED:
+            break
+        whole, lengths = stream.attend(attention, through), x.square().sum(-1)  # [L, hidden], [L]
+        differences = torch.stack([stream.attend(attention, through, ends[window]) - whole for ends in ways])
+        changes.append((differences.square().sum(-1) / lengths**POWER)[:, num_slots:].mean(-1))
+    return torch.stack(changes).mean(0).tolist()
 
 
 def allotted(needs: dict[int, Sequence[float]], config: T2RConfig) -> list[int]:
