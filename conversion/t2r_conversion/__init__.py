@@ -65,7 +65,7 @@ def convert(
     Args:
         source: a local Hugging Face folder, a Hub id, or a `.gguf` file.
         out: folder to write.
-        start: see `plan_conversion`, as for the next seven.
+        start: see `plan_conversion`.
         num_slots: see `plan_conversion`.
         slots_by_layer: "even" for `num_slots` in each; "by need" for more in layers that need them and fewer in others,
             no more in all, as the text that routers are fitted to shows; or the slots of each layer. None for "by need"

@@ -26,7 +26,7 @@ HAS_TRITON = ops is not None  # never in the copy that a saved model brings alon
 REFERENCE = {"naive": naive_gsa, "torch": chunk_gsa}
 BACKENDS = (*REFERENCE, "triton")
 # What the triton backend takes: its table of configurations goes up to here.
-MAX_WIDTH, MAX_SLOTS = 256, 128  # that the triton backend takes
+MAX_WIDTH, MAX_SLOTS = 256, 128
 
 
 def gsa(
