@@ -3,9 +3,10 @@
     python -m benchmarks.recovery RECIPE.yaml ... --data DIR [--seed 0 --seed 1]
 
 A recipe has two parts: `convert`, the arguments of `t2r_conversion.convert`, and `train`, a recipe of `t2r train`
-without model, data and output; without it, the model is measured as it is converted. DIR holds `corpus.jsonl.gz`, to
-train on, and `wikitext2-valid.txt`, to report on. Each run has a process of its own, as many at a time as there are
-GPUs, and its row in `recovery.json`, which a later run of the same recipe and seed replaces.
+without model and output; without it, the model is measured as it is converted. DIR holds `corpus.jsonl.gz`, to train
+on, and `wikitext2-valid.txt`, to report on. A recipe's `data.files` may name `corpus.jsonl`, which is all of the
+corpus and the default, or its sources one by one, `sources/NAME.jsonl`. Each run has a process of its own, as many at
+a time as there are GPUs, and its row in `recovery.json`, which a later run of the same recipe and seed replaces.
 """
 
 import argparse
@@ -41,16 +42,21 @@ EXCERPT, EXCERPTS = 6000, 8  # characters of a document that routers are fitted 
 
 
 def prepare(data: Path, work: Path) -> None:
-    """Unpack the corpus into DIR/corpus.jsonl, and excerpts of all its sources alike into DIR/calibrate.jsonl."""
-    work.mkdir(parents=True, exist_ok=True)
+    """Unpack the corpus into DIR/corpus.jsonl and, by source, DIR/sources; excerpts of all its sources alike into
+    DIR/calibrate.jsonl."""
+    (work / "sources").mkdir(parents=True, exist_ok=True)
     packed_corpus, seen = data / "corpus.jsonl.gz", work / "corpus.size"
-    about = f"{packed_corpus.stat().st_size} {EXCERPT} {EXCERPTS}" if packed_corpus.is_file() else None
+    about = f"{packed_corpus.stat().st_size} {EXCERPT} {EXCERPTS} by source" if packed_corpus.is_file() else None
     if (work / "calibrate.jsonl").is_file() and (about is None or (seen.is_file() and seen.read_text() == about)):
         return
     with gzip.open(packed_corpus, "rb") as packed, (work / "corpus.jsonl").open("wb") as file:
         shutil.copyfileobj(packed, file)
-    with (work / "corpus.jsonl").open(encoding="utf-8") as lines:
-        found = excerpts(map(json.loads, lines))
+    rows, by_source = [json.loads(line) for line in (work / "corpus.jsonl").open(encoding="utf-8")], defaultdict(list)
+    for row in rows:
+        by_source[row["source"]].append(json.dumps(row) + "\n")
+    for name, of_source in by_source.items():
+        (work / "sources" / f"{name}.jsonl").write_text("".join(of_source), encoding="utf-8")
+    found = excerpts(rows)
     lines = (json.dumps({"text": text}) + "\n" for text in found)
     (work / "calibrate.jsonl").write_text("".join(lines), encoding="utf-8")
     seen.write_text(about)
@@ -66,6 +72,13 @@ def excerpts(rows: Iterable[dict]) -> list[str]:
     generator.shuffle(chosen)
     starts = (generator.randrange(len(text) - EXCERPT) for text in chosen)
     return [text[start : start + EXCERPT] for text, start in zip(chosen, starts, strict=True)]
+
+
+def files_of(train: dict, work: Path) -> list[dict]:
+    """What a recipe learns from, as `t2r train` takes it: paths are in `work`."""
+    files = train.get("data", {}).get("files", ["corpus.jsonl"])
+    entries = ({"path": entry} if isinstance(entry, str) else entry for entry in files)
+    return [entry | {"path": str(work / entry["path"])} for entry in entries]
 
 
 def nlls(model, tokenizer, text: str, share: float) -> dict[int, torch.Tensor]:
@@ -128,7 +141,7 @@ def run(path: Path, seed: int, options: argparse.Namespace) -> dict:
     converted, record, model = time.perf_counter() - began, {}, folder / "converted"
     if "train" in recipe:
         content = {"model": str(model), "output": str(folder / "run"), "seed": seed, **recipe["train"]}
-        content["data"] = {"files": [str(work / "corpus.jsonl")], **content.get("data", {})}
+        content["data"] = {**content.get("data", {}), "files": files_of(recipe["train"], work)}
         (folder / "train.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
         record = train(folder / "train.yaml", options.set, overwrite=True)
         model = folder / "merged"

@@ -1,5 +1,6 @@
 """What the recovery benchmark derives and reports."""
 
+import gzip
 import json
 
 import pytest
@@ -38,6 +39,20 @@ def test_excerpts_are_of_all_sources_alike():
     assert {len(text) for text in found} == {recovery.EXCERPT}
     assert sorted(text[0] for text in found) == ["a"] * recovery.EXCERPTS + ["b"] * recovery.EXCERPTS
     assert found == recovery.excerpts(rows)
+
+
+def test_corpus_is_there_whole_and_by_source(tmp_path):
+    rows = [{"source": s, "text": s * 7000} for s in "abab"]
+    with gzip.open(tmp_path / "corpus.jsonl.gz", "wt") as packed:
+        packed.writelines(json.dumps(row) + "\n" for row in rows)
+    work = tmp_path / "work"
+    recovery.prepare(tmp_path, work)
+    for name, expected in (("corpus", rows), ("sources/a", rows[::2])):
+        assert [json.loads(line) for line in (work / f"{name}.jsonl").read_text().splitlines()] == expected
+    assert recovery.files_of({}, work) == [{"path": str(work / "corpus.jsonl")}]
+    files = ["corpus.jsonl", {"path": "sources/a.jsonl", "weight": 0.5}]
+    expected = [{"path": str(work / "corpus.jsonl")}, {"path": str(work / "sources/a.jsonl"), "weight": 0.5}]
+    assert recovery.files_of({"data": {"files": files}}, work) == expected
 
 
 def test_memory_is_the_age_of_what_slots_hold():
