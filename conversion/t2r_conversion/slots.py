@@ -10,7 +10,6 @@ from t2r.model.modeling_t2r import T2RAttention
 from t2r_conversion.calibrate import Progress
 from t2r_conversion.routers import fitted
 from t2r_conversion.stream import Read, Stream, held_until
-from t2r_kernels import MAX_SLOTS
 
 FACTORS = (0.75, 1.0, 2.0)  # on `num_slots`. Kernels are compiled for each number of slots, so there are few.
 MEASURED = 4  # windows that it is measured on
@@ -18,10 +17,9 @@ POWER = 0.7  # of the residual stream's squared length
 
 
 def levels(config: T2RConfig) -> list[int]:
-    """The slots that a layer may get, least first; the Triton kernels take them, if they take `num_slots`."""
-    most = MAX_SLOTS if config.num_slots <= MAX_SLOTS else 2 * config.num_slots
+    """The slots that a layer may get, least first."""
     choices = {round(factor * config.num_slots) for factor in FACTORS}
-    return sorted(slots for slots in choices if config.num_sinks < slots <= most)
+    return sorted(slots for slots in choices if config.num_sinks < slots)
 
 
 def can_differ(config: T2RConfig) -> bool:

@@ -1,13 +1,12 @@
 """Gated Slot Attention, the operator: `gsa` for whole sequences, `gsa_step` for one token; `evict` chooses slots."""
 
-from t2r_kernels.api import BACKENDS, MAX_SLOTS, gsa, gsa_step, resolve_backend, takes_triton
+from t2r_kernels.api import BACKENDS, gsa, gsa_step, resolve_backend, takes_triton
 from t2r_kernels.evict import Held, evict
 from t2r_kernels.gate import Gate, log_gate
 from t2r_kernels.state import SlotState, zero_state
 
 __all__ = [
     "BACKENDS",
-    "MAX_SLOTS",
     "Gate",
     "Held",
     "SlotState",

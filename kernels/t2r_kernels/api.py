@@ -18,15 +18,14 @@ logger = logging.getLogger(__name__)
 
 # Where Triton compiles (a CUDA build of PyTorch), or interprets its kernels on the CPU, slowly, to test them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ops = None
+ops = pieces = None
 if importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.version.cuda is not None):
-    from t2r_kernels.triton import ops
+    from t2r_kernels.triton import ops, pieces
 HAS_TRITON = ops is not None  # never in the copy that a saved model brings along
 
 REFERENCE = {"naive": naive_gsa, "torch": chunk_gsa}
 BACKENDS = (*REFERENCE, "triton")
-# What the triton backend takes: its table of configurations goes up to here.
-MAX_WIDTH, MAX_SLOTS = 256, 128
+MAX_WIDTH = 256  # of heads that the triton backend takes: its table of configurations goes up to here
 
 
 def gsa(
@@ -91,7 +90,7 @@ def gsa(
     if backend == "triton" and q.shape[1]:
         if torch.is_autocast_enabled(q.device.type):
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-        o, keys, values, lse = ops.whole(
+        o, keys, values, lse = pieces.whole(
             q, k, v, g, s, None if gate is None else gate.slot, *(state or (None, None)), cu_seqlens, offsets, scale,
             *_gate_scalars(gate), output_final_state, output_lse,
         )  # fmt: skip
@@ -215,9 +214,9 @@ def resolve_backend(backend: str, device_type: str, refusal: str | None = None) 
     return backend
 
 
-def takes_triton(head_dim: int, num_slots: int) -> bool:
-    """Whether "auto" is triton on CUDA for heads this wide and this many slots (fp64 aside)."""
-    return HAS_TRITON and head_dim <= MAX_WIDTH and num_slots <= MAX_SLOTS
+def takes_triton(head_dim: int) -> bool:
+    """Whether "auto" is triton on CUDA for heads this wide (fp64 aside)."""
+    return HAS_TRITON and head_dim <= MAX_WIDTH
 
 
 @cache
@@ -230,9 +229,7 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
     """What the triton backend does not take about these tensors."""
     if any(x.dtype == torch.float64 for x in (q, k, v, g)):
         return "fp64"
-    if max(k.shape[3], v.shape[3]) > MAX_WIDTH:
-        return f"heads wider than {MAX_WIDTH}"
-    return f"more than {MAX_SLOTS} slots" if g.shape[3] > MAX_SLOTS else None
+    return f"heads wider than {MAX_WIDTH}" if max(k.shape[3], v.shape[3]) > MAX_WIDTH else None
 
 
 def _gate_scalars(gate: Gate | None) -> tuple[float, float, float]:

@@ -155,7 +155,7 @@ def wants_graphs(config: TrainConfig, network: T2RConfig, parameters: int, dtype
     """
     against = {
         "a GPU": state.device.type != "cuda",
-        "the operator's triton backend": not takes_triton(network.head_dim, network.most_slots),
+        "the operator's triton backend": not takes_triton(network.head_dim),
         "dtype: bfloat16": dtype != "bfloat16",
         "one process": state.distributed_type != DistributedType.NO,
         "gradient_checkpointing: false": config.gradient_checkpointing,

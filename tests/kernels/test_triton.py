@@ -10,7 +10,7 @@ from tests.kernels.cases import GATES, assert_near, case, double, run
 
 pytest.importorskip("triton")
 
-from t2r_kernels.triton import configs, launch
+from t2r_kernels.triton import configs, launch, pieces
 from t2r_kernels.triton.blocks import LOWEST
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -305,12 +305,58 @@ def test_what_triton_does_not_take_is_named():
     wide = torch.zeros(1, 3, 1, 300)
     with pytest.raises(ValueError, match="wider than 256"):
         gsa(wide, wide, wide, wide[..., :4], backend="triton")
-    with pytest.raises(ValueError, match="more than 128 slots"):
-        gsa(wide[..., :4], wide[..., :4], wide[..., :4], wide, backend="triton")
     with pytest.raises(ValueError, match=r"gate.slot must be int32 of shape \[2, 5, 2\]"):
         gsa(q, k, v, g, gate=Gate(torch.zeros(2, 5, 2)))
     with pytest.raises(ValueError, match="give either gate or s"):
         gsa(q, k, v, g, s=g, gate=Gate(torch.zeros(2, 5, 2, dtype=torch.int32)))
+
+
+@pytest.fixture
+def few_at_once(monkeypatch):
+    """12 slots are three pieces of four."""
+    monkeypatch.setattr(pieces, "MOST_SLOTS", 5)
+
+
+@pytest.mark.parametrize("gates", ["mild", "ends"])
+@pytest.mark.parametrize("hide_unwritten", [False, True])
+def test_pieces_are_the_whole(hide_unwritten, gates, chunk, few_at_once):
+    tensors = case(40, HQ=3, H=1, gates=gates, dtype=torch.float32)
+    check(tensors, output_lse=True, hide_unwritten=hide_unwritten, position_offset=torch.tensor([0, 5]))
+
+
+def test_pieces_of_packed_sequences(chunk, few_at_once):
+    tensors = case(41, B=1, HQ=4, H=2, n=4, gates="mild", dtype=torch.float32)
+    bounds = torch.tensor([0, 5, 5, 24, 41], dtype=torch.int32)
+    check(tensors, cu_seqlens=bounds, hide_unwritten=True, position_offset=torch.arange(4) * 3)
+
+
+def test_pieces_with_free_write_strengths(chunk, few_at_once):
+    tensors = case(30, B=1, dtype=torch.float32)
+    s = torch.randn(tensors[3].shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    check(tensors, s=s)
+
+
+def test_pieces_of_a_fused_gate(chunk, few_at_once):
+    """Padding before the first token too, which all pieces leave as they are and none reads."""
+    tensors, gate = fused()
+    options = {"gate": gate, "hide_unwritten": True, "position_offset": -3}
+    check(tensors, **options)
+    whole = gsa(*tensors[:4], **options, backend="torch", output_lse=True)
+    cut = gsa(*tensors[:4], **options, backend="triton", output_lse=True)
+    assert_near({"o": cut[0], "lse": cut[2][:, 3:]}, {"o": whole[0], "lse": whole[2][:, 3:]}, TOLERANCE)
+    assert (cut[2][:, :3] == -torch.inf).all()
+
+
+def test_more_slots_than_the_table_has():
+    tensors = case(6, B=1, HQ=2, H=1, M=150, gates="mild", dtype=torch.float32)
+    check(tensors)
+    q, k, v, g, *_ = (x.detach() for x in tensors)
+    states = [SlotState(torch.ones(1, 1, 150, k.shape[3]), torch.ones(1, 1, 150, v.shape[3])) for _ in range(2)]
+    outputs = [
+        gsa_step(*(x[:, :1] for x in (q, k, v, g)), state, backend=backend)[0]
+        for state, backend in zip(states, ("triton", "torch"), strict=True)
+    ]
+    assert_near({"o": outputs[0], "k": states[0].keys}, {"o": outputs[1], "k": states[1].keys}, TOLERANCE)
 
 
 def test_gates_are_cut_off_where_nothing_is_left():

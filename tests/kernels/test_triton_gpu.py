@@ -43,6 +43,13 @@ def test_every_shape(dtype, D, M):
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("M", [144, 256])
+def test_more_slots_than_the_table_has(M, dtype):
+    tensors = on_gpu(case(300, HQ=4, H=2, D=64, Dv=64, M=M, gates="mild"), dtype)
+    check(tensors, hide_unwritten=True, output_lse=dtype == torch.float32)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("heads", [(3, 1), (8, 2)])
 def test_gates_and_groups(heads, gates, dtype):
@@ -151,10 +158,11 @@ def test_flash_linear_attention_agrees():
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_steps_are_the_whole(dtype):
+@pytest.mark.parametrize("M", [32, 200])
+def test_steps_are_the_whole(M, dtype):
     T, gate = 80, window(80, 2, 32)
-    q, k, v, _, keys, values = (x.detach() for x in on_gpu(case(T, B=1, HQ=8, H=2, D=128, Dv=128, M=32), dtype))
-    logits = torch.randn(1, T, 2, 32, device="cuda", dtype=dtype)
+    q, k, v, _, keys, values = (x.detach() for x in on_gpu(case(T, B=1, HQ=8, H=2, D=128, Dv=128, M=M), dtype))
+    logits = torch.randn(1, T, 2, M, device="cuda", dtype=dtype)
     options = {"hide_unwritten": True}
     o, final, lse = gsa(*double([q, k, v]), log_gate(logits.double(), gate), initial_state=double([keys, values]),
                         output_final_state=True, output_lse=True, backend="naive", **options)  # fmt: skip

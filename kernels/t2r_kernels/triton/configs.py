@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 TABLE = Path(__file__).with_name("configs.json")
+MOST_SLOTS = 128  # that the table goes up to
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ def config_for(device: torch.device, width: int, num_slots: int, half: bool) -> 
     Args:
         device: where the kernels run. On the CPU (Triton's interpreter) entries are those of the smallest GPUs.
         width: the larger of key and value width.
-        num_slots: slots per head.
+        num_slots: slots per head, up to `MOST_SLOTS`.
         half: whether keys and values meet the tensor cores as bf16 (fp32 otherwise).
     """
     return lookup(architecture_of(device), width, num_slots, half)

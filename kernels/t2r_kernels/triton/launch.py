@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from t2r_kernels.triton.blocks import DERIVED, FREE, FUSED, TEMPERED, Gating, View
-from t2r_kernels.triton.configs import Config, config_for
+from t2r_kernels.triton.configs import MOST_SLOTS, Config, config_for
 from t2r_kernels.triton.gradients import (
     gate_gradients_kernel,
     query_gradients_kernel,
@@ -245,7 +245,7 @@ def step(
     (B, _, H, M), (DK, DV) = g.shape, (k.shape[3], v.shape[3])
     o = torch.empty(B, 1, q.shape[2], DV, dtype=q.dtype, device=q.device)
     GROUP = q.shape[2] // H
-    config = config or config_for(q.device, max(DK, DV), M, half=True)
+    config = config or config_for(q.device, max(DK, DV), min(M, MOST_SLOTS), half=True)
     known = config.step | {
         "q": view(q), "k": view(k), "v": view(v), "g": view(g), "s": view(g if s is None else s),
         "slot": view(g if slot is None else slot), "gating": gating, "positions": positions, "keys": keys,
