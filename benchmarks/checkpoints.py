@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -149,7 +151,8 @@ def fla_roundtrip(
     """
     # Triton would round fp32 operands to tf32; t2r's kernels do not, flash-linear-attention's leave it to Triton.
     os.environ["TRITON_F32_DEFAULT"] = "ieee"
-    from fla.models import GSAConfig, GSAForCausalLM
+    with untuned():
+        from fla.models import GSAConfig, GSAForCausalLM
 
     torch.manual_seed(0)
     to = {"dtype": dtype, "device": device}
@@ -167,6 +170,20 @@ def fla_roundtrip(
     exported = GSAForCausalLM.from_pretrained(folder / "exported", dtype=dtype).to(device).eval()
     ways["out"] = compare(exported, other, vocab_size)
     return {f"{way}/{length}": error for way, errors in ways.items() for length, error in errors.items()}
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Triton kernels that are defined meanwhile run with the first of their configurations, without the minutes of
+    tuning that speed would be worth."""
+    import triton
+
+    tune = triton.autotune
+    triton.autotune = lambda configs, *args, **options: tune(configs[:1], *args, **options)
+    try:
+        yield
+    finally:
+        triton.autotune = tune
 
 
 def scatter_norms(model: nn.Module) -> nn.Module:
