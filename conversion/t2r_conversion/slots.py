@@ -11,7 +11,7 @@ from t2r_conversion.calibrate import Progress
 from t2r_conversion.routers import fitted
 from t2r_conversion.stream import Read, Stream, held_until
 
-FACTORS = (0.75, 1.0, 2.0)  # on `num_slots`. Kernels are compiled for each number of slots, so there are few.
+FACTORS = (0.5, 1.0, 2.0)  # on `num_slots`. Kernels are compiled for each number of slots, so there are few.
 MEASURED = 4  # windows that it is measured on
 POWER = 0.7  # of the residual stream's squared length
 

@@ -29,7 +29,7 @@ def test_what_is_needed_falls_nearly_to_the_least_that_there_is():
     config = config_of(6)
     needs = needs_of({0: 1.0, 1: 9.0, 2: 0.1, 3: 3.0, 4: 1.5, 5: 0.5}, config)
     found, choices = allotted(needs, config), levels(config)
-    assert choices == [24, 32, 64]
+    assert choices == [16, 32, 64]
 
     def cost(each):
         return sum(needs[layer][choices.index(slots)] for layer, slots in enumerate(each))
@@ -45,19 +45,19 @@ def test_layers_that_need_more_come_first():
     config = config_of(10)
     found = allotted(needs_of({layer: 2.0**layer for layer in range(10)}, config), config)
     assert found == sorted(found)
-    assert found[0] == 24
+    assert found[0] == 16
     assert found[-1] == 64
 
 
 def test_kept_layers_have_no_part_in_it():
     config = config_of(6, layer_types=["linear_attention", "full_attention"] + ["linear_attention"] * 4)
     found = allotted(needs_of({0: 1.0, 2: 50.0, 3: 1.0, 4: 1.0, 5: 1.0}, config), config)
-    assert found == [24, 32, 64, 24, 24, 24]
+    assert found == [16, 32, 64, 16, 32, 32]
 
 
-def test_layers_get_three_quarters_as_many_or_twice_as_many():
-    assert levels(config_of(2, num_slots=64)) == [48, 64, 128]
-    assert levels(config_of(2, num_slots=9)) == [7, 9, 18]
+def test_layers_get_half_as_many_or_twice():
+    assert levels(config_of(2, num_slots=64)) == [32, 64, 128]
+    assert levels(config_of(2, num_slots=11)) == [6, 11, 22]
     assert can_differ(config_of(2, num_slots=64))
 
 
@@ -84,7 +84,7 @@ def test_needs_are_what_slots_change_in_the_residual_stream(tmp_path, short):
     measured = slots._needs(config, weights.__getitem__, windows, CPU, None)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(routers, "SPREADS", (1.0,))
-        for count, found in zip([12, 16, 32], measured[0], strict=True):
+        for count, found in zip([8, 16, 32], measured[0], strict=True):
             convert(tmp_path / "source", tmp_path / "out", num_slots=count, num_sinks=2,
                     slots_by_layer="even", overwrite=True, **options)  # fmt: skip
             model, outputs = T2RForCausalLM.from_pretrained(tmp_path / "out"), []
@@ -106,13 +106,13 @@ def test_converted_by_need(tmp_path, short, monkeypatch):
     done = []
     command = {"num_slots": 16, "num_sinks": 2, "calibrate": tmp_path / "text.txt", "calibration_tokens": 192}
     plan = convert(tmp_path / "source", tmp_path / "out", calibrating=lambda *at: done.append(at), **command)
-    assert plan.config.slots_by_layer == [12, 32, 12, 12, 12]
+    assert plan.config.slots_by_layer == [8, 32, 8, 16, 16]
     assert plan.config.num_slots == 16
     assert done == [(n, 10) for n in range(6, 11)]  # the first pass is another function here
     model = T2RForCausalLM.from_pretrained(tmp_path / "out")
-    assert [layer.self_attn.num_slots for layer in model.model.layers] == [12, 32, 12, 12, 12]
+    assert [layer.self_attn.num_slots for layer in model.model.layers] == [8, 32, 8, 16, 16]
     record = json.loads((tmp_path / "out" / "t2r_record.json").read_text())["conversion"]
-    assert record["slots_by_layer"] == [12, 32, 12, 12, 12]
+    assert record["slots_by_layer"] == [8, 32, 8, 16, 16]
     assert len(record["calibration"]["errors"]) == 5
     convert(tmp_path / "source", tmp_path / "even", slots_by_layer="even", **command)
     assert T2RConfig.from_pretrained(tmp_path / "even").slots_by_layer is None
