@@ -176,14 +176,18 @@ def fla_roundtrip(
 def untuned() -> Iterator[None]:
     """Triton kernels that are defined meanwhile run with the first of their configurations, without the minutes of
     tuning that speed would be worth."""
-    import triton
+    from triton.runtime.autotuner import Autotuner
 
-    tune = triton.autotune
-    triton.autotune = lambda configs, *args, **options: tune(configs[:1], *args, **options)
+    prepare = Autotuner.__init__
+
+    def prepare_first(self, fn, arg_names, configs, *args, **options):
+        prepare(self, fn, arg_names, configs[:1], *args, **options)
+
+    Autotuner.__init__ = prepare_first
     try:
         yield
     finally:
-        triton.autotune = tune
+        Autotuner.__init__ = prepare
 
 
 def scatter_norms(model: nn.Module) -> nn.Module:
