@@ -32,7 +32,7 @@ from rich.table import Table
 
 from benchmarks.record import commit, hardware, write_results
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS, RECIPES = (Path(__file__).resolve().parent / name for name in ("results", "recipes"))
 MODEL = Path(".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
 # Tokens of a window, and how many windows: all predictions are on the reported text's beginning.
 WINDOWS = {1024: 64, 4096: 16}
@@ -51,7 +51,8 @@ def prepare(data: Path, work: Path) -> None:
         return
     with gzip.open(packed_corpus, "rb") as packed, (work / "corpus.jsonl").open("wb") as file:
         shutil.copyfileobj(packed, file)
-    rows, by_source = [json.loads(line) for line in (work / "corpus.jsonl").open(encoding="utf-8")], defaultdict(list)
+    with (work / "corpus.jsonl").open(encoding="utf-8") as lines:
+        rows, by_source = list(map(json.loads, lines)), defaultdict(list)
     for row in rows:
         by_source[row["source"]].append(json.dumps(row) + "\n")
     for name, of_source in by_source.items():
@@ -72,6 +73,12 @@ def excerpts(rows: Iterable[dict]) -> list[str]:
     generator.shuffle(chosen)
     starts = (generator.randrange(len(text) - EXCERPT) for text in chosen)
     return [text[start : start + EXCERPT] for text, start in zip(chosen, starts, strict=True)]
+
+
+def name_of(recipe: Path) -> str:
+    """Of a recipe's rows: its file's, after the folder's for one that is inside a folder of ours: "slots64_4M/even"."""
+    path = recipe.resolve().with_suffix("")
+    return path.relative_to(RECIPES).as_posix() if path.is_relative_to(RECIPES) else path.name
 
 
 def files_of(train: dict, work: Path) -> list[dict]:
@@ -132,8 +139,8 @@ def run(path: Path, seed: int, options: argparse.Namespace) -> dict:
     from t2r.training import merge
     from t2r.training import run as train
 
-    recipe, work = yaml.safe_load(path.read_text(encoding="utf-8")), options.work
-    folder, began = work / f"{path.stem}-{seed}", time.perf_counter()
+    recipe, work, name = yaml.safe_load(path.read_text(encoding="utf-8")), options.work, name_of(path)
+    folder, began = work / f"{name.replace('/', '-')}-{seed}", time.perf_counter()
     start = dict(recipe.get("convert", {}))
     if start.get("start") == "routed":
         start |= {"calibrate": work / "calibrate.jsonl"}
@@ -152,7 +159,7 @@ def run(path: Path, seed: int, options: argparse.Namespace) -> dict:
     training = record.get("training", {})
     main = reports[1024]
     return {
-        "name": path.stem,
+        "name": name,
         "unit": "ratio",
         "ours": round(main.overall.ratio, 4),
         "ratio_4096": round(reports[4096].overall.ratio, 4),
@@ -199,7 +206,7 @@ def in_processes(jobs: list[tuple[Path, int]], options: argparse.Namespace) -> I
 
     def one(job: tuple[Path, int]) -> dict | None:
         path, seed = job
-        gpu, log = gpus.get(), options.work / f"{path.stem}-{seed}.log"
+        gpu, log = gpus.get(), options.work / f"{name_of(path).replace('/', '-')}-{seed}.log"
         command = [sys.executable, "-m", "benchmarks.recovery", str(path), "--one", "--seed", str(seed)]
         for name in ("model", "data", "work", "share", "recall"):
             command += [f"--{name}", getattr(options, name)]
@@ -211,7 +218,7 @@ def in_processes(jobs: list[tuple[Path, int]], options: argparse.Namespace) -> I
         finally:
             gpus.put(gpu)
         if done.returncode:
-            print(f"{path.stem}, seed {seed}: failed, see {log}", file=sys.stderr)
+            print(f"{name_of(path)}, seed {seed}: failed, see {log}", file=sys.stderr)
             return None
         return json.loads(done.stdout.splitlines()[-1])
 

@@ -9,7 +9,7 @@ import yaml
 import t2r_conversion
 from t2r.training import load_config
 
-RECIPES = sorted((Path(__file__).parent.parent / "benchmarks" / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parent.parent / "benchmarks" / "recipes").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

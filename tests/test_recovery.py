@@ -55,6 +55,12 @@ def test_corpus_is_there_whole_and_by_source(tmp_path):
     assert recovery.files_of({"data": {"files": files}}, work) == expected
 
 
+def test_rows_are_named_by_their_recipes(tmp_path):
+    assert recovery.name_of(tmp_path / "mine.yaml") == "mine"
+    assert recovery.name_of(recovery.RECIPES / "slots64_4M.yaml") == "slots64_4M"
+    assert recovery.name_of(recovery.RECIPES / "slots64_4M" / "even.yaml") == "slots64_4M/even"
+
+
 def test_memory_is_the_age_of_what_slots_hold():
     model, windows = student(start="routed"), tokens(2, 60)
     ages = recovery.memory(model, windows)
