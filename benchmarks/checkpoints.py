@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.mistral_7b import make_source
-from benchmarks.record import write_results
+from benchmarks.record import commit, hardware, write_results
 from t2r.model import T2RForCausalLM
 from t2r_conversion import convert, export_fla
 
@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/checkpoints"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    new = [row for name in options.only or ROWS for row in ROWS[name](options.work)]
+    about = {"commit": commit(), "hardware": hardware()}
+    new = [row | about for name in options.only or ROWS for row in ROWS[name](options.work)]
     kept = options.out / "checkpoints.json"
     rows = json.loads(kept.read_text(encoding="utf-8"))["rows"] if kept.is_file() else []
     names = {row["name"] for row in new}
