@@ -103,8 +103,14 @@ def memory(model, windows: torch.Tensor) -> list[list[float]] | None:
     ages, sinks = [], getattr(model.config, "num_sinks", 0)
     for window in windows.to(model.device):
         cache = model(window[None], use_cache=True, logits_to_keep=1).past_key_values
-        held = [layer.held for layer in getattr(cache, "layers", ()) if getattr(layer, "held", None)]
-        ages.append([len(window) - 1 - each.positions[0, :, sinks:].float().mean(-1) for each in held])
+        ages.append([])
+        for number in getattr(model.config, "slot_layers", ()):
+            of_head = {}
+            for group, slots in zip(model.config.head_groups(number), cache.layers[number].groups, strict=True):
+                if slots.held:
+                    each = len(window) - 1 - slots.held.positions[0, :, sinks:].float().mean(-1)
+                    of_head |= zip(group.heads, each, strict=True)
+            ages[-1] += [torch.stack([of_head[head] for head in sorted(of_head)])] if of_head else []
     layers = [torch.stack(of_layer).mean(0).tolist() for of_layer in zip(*ages, strict=True)]
     return [[round(age, 1) for age in heads] for heads in layers] or None
 

@@ -65,10 +65,12 @@ def test_memory_is_the_age_of_what_slots_hold():
     model, windows = student(start="routed"), tokens(2, 60)
     ages = recovery.memory(model, windows)
     with torch.no_grad():
-        held = [model(x[None]).past_key_values.layers[1].held.positions[0, :, 2:] for x in windows]
+        held = [model(x[None]).past_key_values.layers[1].groups[0].held.positions[0, :, 2:] for x in windows]
     expected = torch.stack([59 - positions.double().mean(-1) for positions in held]).mean(0)
     assert ages[1] == pytest.approx(expected.tolist(), abs=0.06)
     assert recovery.memory(student(), windows) is None
+    many, few = recovery.memory(student(start="routed", slots_by_layer=[[40, 8], 16, 16]), windows)[0]
+    assert many > few
 
 
 def test_report_holds_every_run_and_mean_of_seeds(tmp_path):

@@ -14,7 +14,7 @@ from t2r_conversion.headers import SourceTensor
 from t2r_conversion.plan import Plan, PlannedTensor, plan_conversion
 from t2r_conversion.report import render
 from t2r_conversion.routers import Fit, fit_routers
-from t2r_conversion.slots import can_differ, slots_by_need
+from t2r_conversion.slots import can_differ, levels, slots_by_need
 from t2r_conversion.source import Source, open_source, read_source
 from t2r_conversion.stream import where_it_fits
 from t2r_conversion.tensors import read_tensors
@@ -44,7 +44,7 @@ def convert(
     start: str | None = None,
     num_slots: int | None = None,
     num_sinks: int = 4,
-    slots_by_layer: str | Iterable[int] | None = None,
+    slots_by_layer: str | Iterable[int | list[int]] | None = None,
     keep_softmax: Iterable[int] = (),
     gate_write: float = T2RConfig.gate_write_logit,
     gate_keep: float = T2RConfig.gate_keep_logit,
@@ -67,9 +67,9 @@ def convert(
         out: folder to write.
         start: see `plan_conversion`.
         num_slots: see `plan_conversion`.
-        slots_by_layer: "even" for `num_slots` in each; "by need" for more in layers that need them and fewer in others,
-            no more in all, as the text that routers are fitted to shows; or the slots of each layer. None for "by need"
-            with the routed start, "even" with others.
+        slots_by_layer: "even" for `num_slots` in each; "by need" for more in key/value heads that need them and fewer
+            in others, no more in all, as the text that routers are fitted to shows; or the slots of each layer, or of
+            each head of a layer. None for "by need" with the routed start, "even" with others.
         num_sinks: see `plan_conversion`.
         keep_softmax: see `plan_conversion`.
         gate_write: see `plan_conversion`.
@@ -124,7 +124,7 @@ def convert(
     check_output(out, headers.folder, overwrite)
     if not (hard_link and can_link(headers, out)):
         check_space(out, sum(tensor.bytes for tensor in plan.having("copied", "new")))
-    most = 2 * plan.config.num_slots if by_need else plan.config.most_slots
+    most = levels(plan.config)[-1] if by_need else plan.config.most_slots
     about = calibrate, calibration_tokens, most
     text = calibration_of(*about, headers.folder, calibrating) if routed and headers.kind != "gguf" else None
     with open_source(headers, scratch=out.with_name(f".{out.name}.unpacked")) as opened:
@@ -155,7 +155,7 @@ def _fitted(plan: Plan, options: dict, text: Calibration, by_need: bool) -> tupl
 
     if by_need:
         slots = on_device(slots_by_need)
-        if len(set(slots)) > 1:
+        if any(of_layer != plan.config.num_slots for of_layer in slots):
             known = {"num_slots": plan.config.num_slots, "slots_by_layer": slots}
             plan = plan_conversion(source, **options | known)
         done = 1

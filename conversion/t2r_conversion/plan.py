@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from math import prod
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ def plan_conversion(
     *,
     start: str | None = None,
     num_slots: int | None = None,
-    slots_by_layer: Iterable[int] | None = None,
+    slots_by_layer: Iterable[int | list[int]] | None = None,
     num_sinks: int = 4,
     keep_softmax: Iterable[int] = (),
     gate_write: float = T2RConfig.gate_write_logit,
@@ -133,7 +134,8 @@ def plan_conversion(
         source: from `read_source` or `open_source`.
         start: "window", "routed" or "paper"; None for "routed", or what a recurrent source is.
         num_slots: slots of each key/value head; None for 64, or what a recurrent source has.
-        slots_by_layer: window and routed start: the same for each layer, if layers are to differ.
+        slots_by_layer: window and routed start: the same for each layer, if layers are to differ, or for each
+            key/value head of a layer, if these are.
         num_sinks: window and routed start: slots that keep the first tokens.
         keep_softmax: numbers of the layers that stay softmax attention.
         gate_write: window and routed start: `T2RConfig.gate_write_logit`.
@@ -154,7 +156,8 @@ def plan_conversion(
         _check_unchanged(source.name, values, **wanted)
     if slots_by_layer is not None:
         slots_by_layer = list(slots_by_layer)
-        num_slots = num_slots or (sum(slots_by_layer) // len(slots_by_layer) if slots_by_layer else None)
+        means = [fmean(x) if isinstance(x, list) and x else x for x in slots_by_layer]
+        num_slots = num_slots or (int(fmean(means)) if means else None)
     options = {"start": "routed", "num_slots": DEFAULT_SLOTS}
     options |= {name: x for name, x in {"start": start, "num_slots": num_slots}.items() if x is not None} | values
     _warn_without_effect(options["start"], num_sinks=num_sinks, gate_write_logit=gate_write, gate_keep_logit=gate_keep)
@@ -278,6 +281,6 @@ def _new_tensors(config: T2RConfig, dtype: str) -> list[PlannedTensor]:
             f"model.layers.{layer}.self_attn.{name}", "new", shape, dtype, size, size * itemsize, None, mean, std
         )
         for layer in config.slot_layers
-        for name, (shape, mean, std) in new_tensors(config, config.slots_of(layer)).items()
+        for name, (shape, mean, std) in new_tensors(config, layer).items()
         for size in [prod(shape)]
     ]

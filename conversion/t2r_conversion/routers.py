@@ -1,6 +1,6 @@
 """Fit the routers of a model to its source's attention on a text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,21 +101,21 @@ def received(stream: Stream, attention: T2RAttention, x: Tensor) -> Tensor:
     return torch.stack(attended, 1).clamp_min(1e-9)
 
 
-def distortion(heads: list[Iterator[tuple[Tensor, Tensor]]], ways: Tensor, num_slots: int) -> Tensor:
+def distortion(heads: list[Iterator[tuple[Tensor, Tensor]]], ways: Tensor, slots: Sequence[int]) -> Tensor:
     """How far attention to what the slots hold is from attention to everything, for several ways to give slots.
 
     Args:
         heads: for each window, attention weights `[G, L, L]` and values `[L, D]` of each key/value head.
         ways: the position at which each token's slot is taken over, `[ways, windows, L, H]`.
-        num_slots: what comes within them is the same in all ways.
+        slots: of each head; what comes within them is the same in all ways.
 
     Returns:
         Squared distance relative to the squared length, mean over windows, `[ways, H]`.
     """
-    queries = torch.arange(num_slots, ways.shape[2], QUERIES, device=ways.device)
     errors = []
     for window, of_window in enumerate(heads):
         for head, (weights, v) in enumerate(of_window):
+            queries = torch.arange(slots[head], ways.shape[2], QUERIES, device=ways.device)
             weights = weights[:, queries]  # [G, Q, L]
             expected = weights @ v
             for ends in ways[:, window, :, head]:

@@ -1,7 +1,7 @@
 """A text's way through a softmax model, one layer at a time: what its attention is like, and what slots hold of it."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import TypeVar
 
@@ -116,10 +116,23 @@ def held(weights: Tensor, queries: Tensor, ends: Tensor) -> Tensor:
     return kept / kept.sum(-1, keepdim=True).clamp_min(1e-9)
 
 
-def held_until(importance: Tensor, config: T2RConfig, num_slots: int) -> Tensor:
-    """The position at which each token's slot is taken over, of `[windows, L, H]`: as this, L where it is not."""
+def held_until(importance: Tensor, config: T2RConfig, slots: Sequence[int]) -> Tensor:
+    """The position at which each token's slot is taken over, L where it is not.
+
+    Args:
+        importance: the log of each token's, `[windows, L, H]`.
+        config: of the converted model.
+        slots: of each head.
+
+    Returns:
+        As `importance`, integers.
+    """
     positions = Positions.resolve(importance[..., :1], None, None, None, 0)
-    return lifetimes(routed_schedule(importance, positions, config, num_slots=num_slots)[0])
+    ends = torch.empty_like(importance, dtype=torch.long)
+    for count in set(slots):
+        heads = [head for head, n in enumerate(slots) if n == count]
+        ends[..., heads] = lifetimes(routed_schedule(importance[..., heads], positions, config, None, count)[0])
+    return ends
 
 
 def lifetimes(slots: Tensor) -> Tensor:

@@ -20,13 +20,14 @@ def convert(
         str | None, typer.Option(help="How the recurrent layers begin: routed (the default), window or paper.")
     ] = None,
     slots: Annotated[
-        int | None, typer.Option(help="Slots of each key/value head, in the mean of layers; 64 if not given.")
+        int | None, typer.Option(help="Slots of each key/value head, in the mean; 64 if not given.")
     ] = None,
     slots_by_layer: Annotated[
         str,
         typer.Option(
             metavar="TEXT",
-            help="Slots of each layer: 'by need' (routed start: if not given), 'even', or each one's, as 48,80,64.",
+            help="Slots of each head: 'by need' (routed start: if not given), 'even', or each layer's, as 48,80,64, or "
+            "each head's of a layer, as 48,64/128/48,64.",
         ),
     ] = "",
     sinks: Annotated[int, typer.Option(help="Window and routed start: slots that keep the first tokens.")] = 4,
@@ -128,8 +129,12 @@ def _verify(source: str, output: Path) -> None:
     )
 
 
-def _slots(text: str) -> str | list[int] | None:
-    return _numbers(text, "--slots-by-layer") if text[:1].isdigit() else text or None
+def _slots(text: str) -> str | list[int | list[int]] | None:
+    """A number for each layer, "48,80", or for each head of one, "48,64/128"."""
+    if not text[:1].isdigit():
+        return text or None
+    layers = [_numbers(layer.replace("/", ","), "--slots-by-layer") for layer in text.split(",")]
+    return [slots if len(slots) > 1 else slots[0] for slots in layers if slots]
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -92,8 +92,8 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes that a cache holds, over all layers and sequences."""
     total = 0
     for layer in cache.layers:
-        beside = [getattr(layer, name, None) or () for name in ("held", "recent")]
-        total += sum(x.nbytes for x in (layer.keys, layer.values, *beside[0], *beside[1]) if torch.is_tensor(x))
+        slots = [x for group in getattr(layer, "groups", ()) for x in group.tensors()]
+        total += sum(x.nbytes for x in (layer.keys, layer.values, *slots) if torch.is_tensor(x))
     return total
 
 

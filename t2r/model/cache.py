@@ -1,6 +1,7 @@
 """The decoding cache: slots of constant size for Gated Slot Attention, keys and values for kept softmax layers."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,32 @@ from .configuration_t2r import HYBRID_ATTENTION, LINEAR_ATTENTION, T2RConfig
 from .window import Tokens
 
 
+class Slots(NamedTuple):
+    """What slots hold of a layer's key/value heads that have as many of them. It never grows.
+
+    Attributes:
+        state: slot keys and values, `[B, heads, M, D]`.
+        held: what the slots of a routed layer hold.
+        recent: of a hybrid layer, `[B, window, ...]`: tokens that are not in slots yet.
+    """
+
+    state: tuple[Tensor, Tensor]
+    held: Held | None = None
+    recent: Tokens | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Slots":
+        """The same with all tensors changed."""
+        keys, values = map(change, self.state)
+        held = None if self.held is None else Held(*map(change, self.held))
+        return Slots((keys, values), held, None if self.recent is None else Tokens(*map(change, self.recent)))
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [*self.state, *(self.held or ()), *(self.recent or ())]
+
+
 class SlotCacheLayer(CacheLayerMixin):
-    """One layer's slots. `keys` and `values` are the operator's state, `[B, H, M, D]`, and never grow.
+    """One layer's slots.
 
     transformers knows cache layers that hold tokens and those that hold a state; this one holds a state and still
     counts tokens, which `generate` needs when no layer of the model holds any.
@@ -24,25 +49,23 @@ class SlotCacheLayer(CacheLayerMixin):
     def __init__(self):
         super().__init__()
         self.cumulative_length = 0
-        self.held: Held | None = None  # what the slots of a routed layer hold
-        self.recent: Tokens | None = None  # [B, window, ...], of a hybrid layer: not in slots yet
+        self.groups: list[Slots] = []  # by the heads' slots, as `T2RConfig.head_groups`; none before the first token
 
     @property
-    def state(self) -> tuple[Tensor, Tensor] | None:
-        """Slot keys and values, or None before the first token."""
-        if self.cumulative_length and self.keys.is_inference() and not torch.is_inference_mode_enabled():
-            self.keys, self.values = self.keys.clone(), self.values.clone()  # to be written again, outside that mode
-        return (self.keys, self.values) if self.cumulative_length else None
+    def past(self) -> list[Slots]:
+        """What earlier tokens left, to be written again."""
+        if self.groups and self.groups[0].state[0].is_inference() and not torch.is_inference_mode_enabled():
+            self._each(torch.clone)
+        return self.groups
 
-    def update(self, key_states, value_states, *args, num_tokens: int, held=None, recent=None, **kwargs):  # noqa: ARG002
+    def update(self, groups: list[Slots], num_tokens: int) -> None:
         """Keep the state that `num_tokens` more tokens have led to."""
-        self.keys, self.values, self.held, self.recent = key_states, value_states, held, recent
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.groups = groups
+        self.dtype, self.device = groups[0].state[0].dtype, groups[0].state[0].device
         self.is_initialized = True
         self.cumulative_length += num_tokens
-        return self.keys, self.values
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def lazy_initialization(self, *args) -> None:
         """Nothing to prepare: the first state comes whole."""
 
     def get_seq_length(self) -> int:
@@ -59,28 +82,30 @@ class SlotCacheLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence's state."""
-        if self.is_initialized:
-            self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the states of some sequences."""
-        if self.is_initialized:
-            self._each(lambda x: x[indices])
+        self._each(lambda x: x[indices])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give each beam the state of the one that it goes on from."""
-        if self.is_initialized:
-            self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()
-        self.held = self.recent = None
+        self.groups, self.cumulative_length, self.is_initialized = [], 0, False
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        self._each(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move everything back to the device."""
+        self._each(lambda x: x.to(self.device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.keys, self.values = change(self.keys), change(self.values)
-        self.held = None if self.held is None else Held(*map(change, self.held))
-        self.recent = None if self.recent is None else Tokens(*map(change, self.recent))
+        self.groups = [slots.each(change) for slots in self.groups]
 
     def crop(self, tokens_to_remove: int) -> None:
         """A state cannot be rolled back.

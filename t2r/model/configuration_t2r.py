@@ -2,6 +2,7 @@
 
 import math
 from os import PathLike
+from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -26,6 +27,18 @@ SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
 SLOT_BYTES, INDEX_BYTES = 4, 4  # of a number in a slot, fp32 whatever the weights are; of a slot's number
 
 
+class HeadGroup(NamedTuple):
+    """Key/value heads of a layer that have as many slots as one another, and are computed together.
+
+    Attributes:
+        num_slots: of each of them.
+        heads: their numbers.
+    """
+
+    num_slots: int
+    heads: tuple[int, ...]
+
+
 class T2RConfig(PreTrainedConfig):
     """Configuration of a T2R model: the fields of a Llama-like source, and those of Gated Slot Attention.
 
@@ -40,8 +53,8 @@ class T2RConfig(PreTrainedConfig):
         hybrid_window: tokens of the softmax window beside the slots of hybrid layers.
         start: how the layers were started, "window", "routed" or "paper" (see `t2r.model.starts`).
         num_slots: slots M of each key/value head.
-        slots_by_layer: window and routed start: the same for each layer, where layers differ; then `num_slots` is what
-            the state of one that is as large has.
+        slots_by_layer: window and routed start: the same for each layer, where layers differ, or for each key/value
+            head of a layer, where these do; then `num_slots` is what the state of one that is as large has.
         num_sinks: window and routed start: slots that keep the first tokens for ever.
         gate_write_logit: these too: the scheduled slot's gate is `sigmoid(-gate_write_logit)` at the start.
         gate_keep_logit: these too: the other slots' gates are `sigmoid(gate_keep_logit)` at the start.
@@ -85,7 +98,7 @@ class T2RConfig(PreTrainedConfig):
     hybrid_window: int | None = None
     start: str = "window"
     num_slots: int = 64
-    slots_by_layer: list[int] | None = None
+    slots_by_layer: list[int | list[int]] | None = None
     num_sinks: int = 4
     gate_write_logit: float = 7.0
     gate_keep_logit: float = 12.0
@@ -125,35 +138,41 @@ class T2RConfig(PreTrainedConfig):
         """Numbers of the layers that have slots: the converted ones."""
         return [i for i, kind in enumerate(self.layer_types) if kind in SLOT_ATTENTION]
 
-    def slots_of(self, layer: int) -> int:
+    def slots_of(self, layer: int) -> list[int]:
         """Slots of each key/value head of a layer."""
-        return self.num_slots if self.slots_by_layer is None else self.slots_by_layer[layer]
+        slots = self.num_slots if self.slots_by_layer is None else self.slots_by_layer[layer]
+        return slots if isinstance(slots, list) else [slots] * self.num_key_value_heads
+
+    def head_groups(self, layer: int) -> list[HeadGroup]:
+        """A layer's key/value heads by their slots, fewest first. Gates come in this order too, group after group."""
+        slots = self.slots_of(layer)
+        return [HeadGroup(n, tuple(head for head, x in enumerate(slots) if x == n)) for n in sorted(set(slots))]
 
     @property
-    def slots_in_all(self) -> int:
-        """Slots of a key/value head, over all layers that have them."""
-        return sum(map(self.slots_of, self.slot_layers))
+    def slots_of_heads(self) -> list[int]:
+        """Slots of each key/value head that has them, layer after layer."""
+        return [slots for layer in self.slot_layers for slots in self.slots_of(layer)]
 
     @property
     def fewest_slots(self) -> int:
-        """Slots of a key/value head in the layer that has fewest: contexts that long are held whole."""
-        return min(map(self.slots_of, self.slot_layers), default=self.num_slots)
+        """Slots of the key/value head that has fewest: contexts that long are held whole."""
+        return min(self.slots_of_heads, default=self.num_slots)
 
     @property
     def most_slots(self) -> int:
-        """Slots of a key/value head in the layer that has most."""
-        return max(map(self.slots_of, self.slot_layers), default=self.num_slots)
+        """Slots of the key/value head that has most."""
+        return max(self.slots_of_heads, default=self.num_slots)
 
     @property
     def slots_in_words(self) -> str:
         """Slots of each key/value head, for people."""
-        fewest, most, layers = self.fewest_slots, self.most_slots, len(self.slot_layers)
-        return f"{most}" if fewest == most else f"{fewest} to {most} (mean {self.slots_in_all / layers:.1f})"
+        fewest, most, slots = self.fewest_slots, self.most_slots, self.slots_of_heads
+        return f"{most}" if fewest == most else f"{fewest} to {most} (mean {sum(slots) / len(slots):.1f})"
 
     def state_elements(self) -> int:
         """Numbers in the slots of one sequence, over all layers that have them (each of four bytes)."""
         about = 2 if self.start == "routed" else 0  # the worth and the position of what a slot holds
-        return self.slots_in_all * self.num_key_value_heads * (2 * self.head_dim + about)
+        return sum(self.slots_of_heads) * (2 * self.head_dim + about)
 
     def state_bytes(self, itemsize: int) -> int:
         """Bytes of the recurrent state of one sequence: its slots, and the windows of hybrid layers.
@@ -162,9 +181,9 @@ class T2RConfig(PreTrainedConfig):
             itemsize: bytes of a number in the model's dtype, in which a window holds keys, values and gate logits.
         """
         hybrid = [i for i, kind in enumerate(self.layer_types) if kind == HYBRID_ATTENTION]
-        token = sum((2 * self.head_dim + self.slots_of(i)) * itemsize + INDEX_BYTES for i in hybrid)
-        window = (self.hybrid_window or 0) * self.num_key_value_heads * token
-        return self.state_elements() * SLOT_BYTES + window
+        slots = [slots for i in hybrid for slots in self.slots_of(i)]
+        token = sum((2 * self.head_dim + n) * itemsize + INDEX_BYTES for n in slots)  # over heads
+        return self.state_elements() * SLOT_BYTES + (self.hybrid_window or 0) * token
 
     def kv_cache_elements(self, num_tokens: int) -> int:
         """Numbers in the key/value cache of the kept softmax layers after `num_tokens` tokens of one sequence."""
@@ -213,8 +232,15 @@ class T2RConfig(PreTrainedConfig):
             raise ValueError(
                 f"slots_by_layer is of {len(self.slots_by_layer)} layers, num_hidden_layers is {self.num_hidden_layers}"
             )
-        if min(self.slots_by_layer) <= self.num_sinks:
+        counts = list(map(self.slots_of, range(self.num_hidden_layers)))
+        heads = {len(slots) for slots in counts} - {self.num_key_value_heads}
+        if heads:
             raise ValueError(
-                f"slots_by_layer must be above num_sinks ({self.num_sinks}) in all layers, got "
-                f"{min(self.slots_by_layer)} in one"
+                f"slots_by_layer gives a layer slots for {heads.pop()} heads, num_key_value_heads is "
+                f"{self.num_key_value_heads}"
+            )
+        fewest = min(map(min, counts))
+        if fewest <= self.num_sinks:
+            raise ValueError(
+                f"slots_by_layer must be above num_sinks ({self.num_sinks}) in all layers, got {fewest} in one"
             )

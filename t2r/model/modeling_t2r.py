@@ -25,8 +25,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from t2r_kernels import Held, gsa, gsa_step
 
-from .cache import T2RCache
-from .configuration_t2r import HYBRID_ATTENTION, SLOT_ATTENTION, T2RConfig
+from .cache import Slots, T2RCache
+from .configuration_t2r import HYBRID_ATTENTION, SLOT_ATTENTION, HeadGroup, T2RConfig
 from .packed import attend_by_document, attends_by_document
 from .positions import Positions
 from .routing import Router, routed_schedule
@@ -83,7 +83,7 @@ class T2RAttention(nn.Module):
     def __init__(self, config: T2RConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.kind, self.num_slots = config.layer_types[layer_idx], config.slots_of(layer_idx)
+        self.kind, self.groups = config.layer_types[layer_idx], config.head_groups(layer_idx)
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.is_causal = True
@@ -97,7 +97,8 @@ class T2RAttention(nn.Module):
             self.k_norm = LlamaRMSNorm(D, eps=config.rms_norm_eps)
         if self.kind in SLOT_ATTENTION:
             self.start = STARTS[config.start]
-            self.f_proj = GateProjection(config.hidden_size, H * self.num_slots, bias=self.start.gate_bias)
+            gates = sum(config.slots_of(layer_idx))
+            self.f_proj = GateProjection(config.hidden_size, gates, bias=self.start.gate_bias)
             if self.start.routed:
                 self.router = Router(config)
             if self.start.output_norm:
@@ -108,7 +109,7 @@ class T2RAttention(nn.Module):
         self,
         hidden_states: Tensor,  # [B, T, hidden]
         positions: Positions,
-        slots: Tensor,  # [B, T], the slot that each token takes over, unless the layer is routed
+        slots: dict[int, Tensor],  # by their number: [B, T], the slot that each token takes over, unless routed
         rope: tuple[Tensor, Tensor],  # cos and sin, [B, T, D]
         attention_mask: Tensor | None,  # of this layer's kind, for softmax
         past_key_values: T2RCache | None,
@@ -129,51 +130,94 @@ class T2RAttention(nn.Module):
         return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
 
     def _slots(self, hidden_states, q, k, v, positions, slots, rope, past_key_values) -> Tensor:
-        start, config = self.start, self.config
+        start = self.start
         if start.rope:
             q, k = (x.to(v.dtype) for x in self.rotate(q, k, *rope))
         if start.swish:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        logits = self.f_proj(hidden_states).unflatten(-1, (-1, self.num_slots))  # [B, T, H, M]
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        slots, held = self.schedule(hidden_states, positions, slots, layer and layer.held)
-        tokens, offset, recent, window = Tokens(k, v, logits, slots), positions.offset, None, None
-        if self.kind == HYBRID_ATTENTION:
-            recent = tokens.after(layer and layer.recent, config.hybrid_window)
-            window = window_attention(q, recent.keys, recent.values, positions.ids)
-            tokens, offset = recent.leaving(positions.ids), offset - config.hybrid_window
-        options = {
-            "gate": gate_of(tokens.slots, config),
-            "scale": start.scale,
-            "hide_unwritten": start.hide_unwritten,
-            "position_offset": offset,
-            "output_lse": window is not None,
-        }
-        state = None if layer is None else layer.state
-        if state is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
-            o, state, *lse = gsa_step(q, *tokens[:3], state, **options)
-        else:
-            o, state, *lse = gsa(
-                q, *tokens[:3],
-                initial_state=state, output_final_state=layer is not None, cu_seqlens=positions.cu_seqlens, **options,
-            )  # fmt: skip
+        past = [] if layer is None else layer.past
+        outputs, kept = [], []
+        for group, logits, taken, held in self.schedule(hidden_states, positions, slots, past):
+            tokens = Tokens(*(self._of(group, x) for x in (k, v)), logits, taken)
+            before = past[len(kept)] if past else None
+            o, state, recent = self._attend(self._of(group, q), tokens, positions, before, keep=layer is not None)
+            outputs.append(o)
+            kept.append(Slots(state, held, recent))
         if layer is not None:
-            recent = recent and recent.last(config.hybrid_window)
-            layer.update(*state, num_tokens=q.shape[1], held=held, recent=recent)
-        if window is not None:
-            o = joined(o, *lse, *window)
-        o = o.flatten(2)  # [B, T, HQ * D]
+            layer.update(kept, q.shape[1])
+        o = self._together(outputs).flatten(2)  # [B, T, HQ * D]
         if start.swish:
             o = F.silu(o)
         return self.g_norm(o).to(o.dtype) if start.output_norm else o
 
+    def _attend(
+        self, q: Tensor, tokens: Tokens, positions: Positions, past: Slots | None, keep: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tokens | None]:
+        """Attention of some heads. Returns their output `[B, T, heads, D]`, state and window afterwards."""
+        config, offset, recent, window = self.config, positions.offset, None, None
+        if self.kind == HYBRID_ATTENTION:
+            recent = tokens.after(past and past.recent, config.hybrid_window)
+            window = window_attention(q, recent.keys, recent.values, positions.ids)
+            tokens, offset = recent.leaving(positions.ids), offset - config.hybrid_window
+        options = {
+            "gate": gate_of(tokens.slots, config),
+            "scale": self.start.scale,
+            "hide_unwritten": self.start.hide_unwritten,
+            "position_offset": offset,
+            "output_lse": window is not None,
+        }
+        if past is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
+            o, state, *lse = gsa_step(q, *tokens[:3], past.state, **options)
+        else:
+            o, state, *lse = gsa(
+                q, *tokens[:3],
+                initial_state=past and past.state, output_final_state=keep, cu_seqlens=positions.cu_seqlens, **options,
+            )  # fmt: skip
+        if window is not None:
+            o = joined(o, *lse, *window)
+        return o, state, recent and recent.last(config.hybrid_window)
+
     def schedule(
-        self, hidden_states: Tensor, positions: Positions, slots: Tensor, held: Held | None = None
-    ) -> tuple[Tensor, Held | None]:
-        """The slot that each token takes over, `[B, T, H]`; a routed layer chooses it by what slots hold."""
-        if self.start.routed:
-            return routed_schedule(self.router(hidden_states), positions, self.config, held, self.num_slots)
-        return slots.unsqueeze(-1).expand(*slots.shape, self.config.num_key_value_heads), None
+        self,
+        hidden_states: Tensor,
+        positions: Positions,
+        slots: dict[int, Tensor] | None,
+        past: list[Slots] = (),
+    ) -> Iterator[tuple[HeadGroup, Tensor, Tensor, Held | None]]:
+        """What is written where: for heads with as many slots as one another, gate logits `[B, T, heads, M]`, the slot
+        that each token takes over, `[B, T, heads]`, and what slots then hold.
+
+        A routed layer chooses slots by what they hold. Arguments as for `forward`; `past` is what slots held before.
+        """
+        sizes = [group.num_slots * len(group.heads) for group in self.groups]
+        importance = self.router(hidden_states) if self.start.routed else None  # [B, T, H]
+        for i, (group, logits) in enumerate(zip(self.groups, self.f_proj(hidden_states).split(sizes, -1), strict=True)):
+            if importance is None:
+                taken, held = slots[group.num_slots].unsqueeze(-1), None
+                taken = taken.expand(*taken.shape[:2], len(group.heads))
+            else:
+                before = past[i].held if past else None
+                taken, held = routed_schedule(
+                    self._of(group, importance), positions, self.config, before, group.num_slots
+                )
+            yield group, logits.unflatten(-1, (-1, group.num_slots)), taken, held
+
+    def _of(self, group: HeadGroup, x: Tensor) -> Tensor:
+        """The heads of a group, and the query heads that read them, out of `[B, T, all heads, ...]`."""
+        if len(self.groups) == 1:
+            return x
+        each = x.split(x.shape[2] // self.config.num_key_value_heads, 2)
+        return torch.cat([each[head] for head in group.heads], 2) if len(group.heads) > 1 else each[group.heads[0]]
+
+    def _together(self, outputs: list[Tensor]) -> Tensor:
+        """`[B, T, heads of a group, D]` of each group to `[B, T, HQ, D]`, heads in order."""
+        if len(outputs) == 1:
+            return outputs[0]
+        found = {}
+        for group, o in zip(self.groups, outputs, strict=True):
+            found |= zip(group.heads, o.split(self.num_key_value_groups, 2), strict=True)
+        return torch.cat([found[head] for head in sorted(found)], 2)
 
     def _softmax(self, q, k, v, positions, rope, attention_mask, past_key_values, **kwargs) -> Tensor:
         q, k = self.rotate(q, k, *rope)
@@ -316,13 +360,13 @@ class T2RModel(T2RPreTrainedModel):
             past_key_values = T2RCache(self.config, self.layer_kinds)
         masks = self._softmax_masks(hidden_states, attention_mask, positions, past_key_values)
         rope = self.rotary_emb(hidden_states, position_ids=positions.ids)
-        counts = {layer.self_attn.num_slots for layer in self.layers}
+        counts = {group.num_slots for layer in self.layers for group in layer.self_attn.groups}
         schedules = {count: slot_schedule(positions, self.config, count) for count in counts}
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 positions=positions,
-                slots=schedules[layer.self_attn.num_slots],
+                slots=schedules,
                 rope=rope,
                 attention_mask=masks.get(layer.self_attn.kind),
                 past_key_values=past_key_values,

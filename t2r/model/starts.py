@@ -68,18 +68,18 @@ STARTS = {
 STARTS["routed"] = replace(STARTS["window"], routed=True)
 
 
-def new_parameters(config: T2RConfig, num_slots: int | None = None) -> dict[str, tuple[tuple[int, ...], float, float]]:
+def new_parameters(config: T2RConfig, layer: int = 0) -> dict[str, tuple[tuple[int, ...], float, float]]:
     """Parameters that a Gated Slot Attention layer has and its source has not.
 
     Args:
         config: of the model.
-        num_slots: of the layer; None for the configuration's.
+        layer: its number; layers differ in slots alone.
 
     Returns:
         For each name below `self_attn`: its shape, and the mean and standard deviation it starts with.
     """
     start = STARTS[config.start]
-    gates = config.num_key_value_heads * (num_slots or config.num_slots)
+    gates = sum(config.slots_of(layer))
     parameters = {"f_proj.weight": ((gates, config.hidden_size), 0.0, start.gate_std)}
     if start.gate_bias:
         parameters["f_proj.bias"] = ((gates,), 0.0, 0.0)
@@ -88,10 +88,10 @@ def new_parameters(config: T2RConfig, num_slots: int | None = None) -> dict[str,
     return parameters
 
 
-def new_tensors(config: T2RConfig, num_slots: int | None = None) -> dict[str, tuple[tuple[int, ...], float, float]]:
+def new_tensors(config: T2RConfig, layer: int = 0) -> dict[str, tuple[tuple[int, ...], float, float]]:
     """As `new_parameters`, and what such a layer has beside them that does not train."""
     fitted = router_shapes(config) if STARTS[config.start].routed else {}
-    return new_parameters(config, num_slots) | {f"router.{name}": (shape, 0.0, 0.0) for name, shape in fitted.items()}
+    return new_parameters(config, layer) | {f"router.{name}": (shape, 0.0, 0.0) for name, shape in fitted.items()}
 
 
 def window_schedule(position: Tensor, num_slots: int, num_sinks: int) -> Tensor:

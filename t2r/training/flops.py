@@ -44,7 +44,7 @@ def matrix_parameters(network: T2RConfig) -> tuple[int, int, int]:
     """Numbers in the weight matrices that each token is multiplied with: of attention layers, of MLPs, of the head."""
     hidden, D = network.hidden_size, network.head_dim
     attention = 2 * hidden * (network.num_attention_heads + network.num_key_value_heads) * D
-    gates = hidden * network.num_key_value_heads * network.slots_in_all
+    gates = hidden * sum(network.slots_of_heads)
     layers = network.num_hidden_layers
     mlp = layers * 3 * hidden * network.intermediate_size
     return layers * attention + gates, mlp, hidden * network.vocab_size

@@ -18,7 +18,8 @@ SATURATED = 1e-3  # a gate closer than this to 0 or 1 hardly has a gradient
 def watched_gates(model: T2RForCausalLM | PeftModel) -> Iterator[list[torch.Tensor]]:
     """Watch the forward pass within the context: what it yields gets three figures of each converted layer, `[3]`.
 
-    They are the mean gate α, the share of gates within 0.001 of 0 or 1, and what is written a token, Σ (1 − α).
+    They are the mean gate α, the share of gates within 0.001 of 0 or 1, and what is written a token, Σ (1 − α)
+    over heads.
     Packed rows only: padding would count as tokens.
     """
     figures: list[torch.Tensor] = []
@@ -27,9 +28,10 @@ def watched_gates(model: T2RForCausalLM | PeftModel) -> Iterator[list[torch.Tens
     def look(attention, arguments, keywords, _):
         if attention.kind not in SLOT_ATTENTION:  # the teacher passes by in the student's own layers
             return
-        logits = attention.f_proj(arguments[0]).unflatten(-1, (-1, attention.num_slots))
-        slots, _ = attention.schedule(arguments[0], keywords["positions"], keywords["slots"])
-        alpha = log_gate(logits, gate_of(slots, attention.config)).exp()  # [B, T, H, M]
+        written = attention.schedule(arguments[0], keywords["positions"], keywords["slots"])
+        alpha = torch.cat(
+            [log_gate(logits, gate_of(slots, attention.config)).exp().flatten(2) for _, logits, slots, _ in written], 2
+        )  # [B, T, slots of all heads]
         saturated = (alpha < SATURATED) | (alpha > 1 - SATURATED)
         figures.append(torch.stack([alpha.mean(), saturated.float().mean(), (1 - alpha).sum(-1).mean()]))
 
@@ -47,7 +49,7 @@ def gate_statistics(figures: torch.Tensor, slots: list[int]) -> dict[str, list[f
 
     Args:
         figures: of all layers, `[layers, 3]`.
-        slots: of each of these layers.
+        slots: of each of these layers, over heads.
 
     Returns:
         `mean` and `saturated` as above; `memory`, the tokens for which something stays in a slot: slots over what is

@@ -128,7 +128,7 @@ class T2RTrainer(Trainer):
                 logs["peak_memory_mib"] = torch.cuda.max_memory_allocated(self.args.device) // 2**20
             if self._gates is not None:
                 network = base_of(self.model).config
-                gates = gate_statistics(self._gates, [network.slots_of(i) for i in network.slot_layers])
+                gates = gate_statistics(self._gates, [sum(network.slots_of(i)) for i in network.slot_layers])
                 logs |= {f"gates/{name}": gates[name] for name in ("mean", "saturated", "memory")}
             if self._misaligned:
                 errors, tokens = (self.accelerator.reduce(x, "sum") for x in self._misaligned)

@@ -176,7 +176,12 @@ def test_convert_with_slots_by_layer(tmp_path):
     assert json.loads(run("inspect", tmp_path / "out", "--json").stdout)["slots_in_words"] == "6 to 12 (mean 9.0)"
     assert run(*command, "even", "--slots", "8", "--overwrite").exit_code == 0
     assert json.loads((tmp_path / "out/config.json").read_text())["slots_by_layer"] is None
-    assert "--slots-by-layer '6,a'" in fails(*command, "6,a")
+    assert run(*command, "6,8/16", "--overwrite").exit_code == 0
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["num_slots"], config["slots_by_layer"]) == (9, [6, [8, 16]])
+    assert "--slots-by-layer 'a'" in fails(*command, "6,a")
+    assert "--slots-by-layer '8,a'" in fails(*command, "6,8/a")
+    assert "slots_by_layer gives a layer slots for 3 heads" in fails(*command, "6,8/8/9")
     assert "slots_by_layer 'some' is unknown" in fails(*command, "some")
 
 

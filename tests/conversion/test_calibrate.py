@@ -113,7 +113,7 @@ def test_distortion_is_that_of_the_layer(tmp_path, short):
     """Beside the layer itself, with gates that write and keep fully."""
     source = tmp_path / "source"
     tiny_llama(source)
-    options = {"start": "routed", "num_slots": 12, "num_sinks": 2}
+    options = {"start": "routed", "slots_by_layer": [[24, 12], 12], "num_sinks": 2}
     (tmp_path / "text.txt").write_text(tiny_text(400))
     convert(source, tmp_path / "out", calibrate=tmp_path / "text.txt", gate_write=30.0, gate_keep=30.0, **options)
     model = T2RForCausalLM.from_pretrained(tmp_path / "out")
@@ -126,11 +126,13 @@ def test_distortion_is_that_of_the_layer(tmp_path, short):
     with torch.no_grad():
         layer(x, positions=positions, slots=None, rope=rope, attention_mask=None, past_key_values=None)
         heads = list(Stream(config, model.state_dict().__getitem__, tokens, x.device).heads(layer, x[0]))
-        ends = lifetimes(layer.schedule(x, positions, None)[0])[None]
-        actual = distortion([iter(heads)], torch.cat([torch.full_like(ends, 64), ends]), 12)  # [ways, H]
+        taken = {group.heads: slots[0] for group, _, slots, _ in layer.schedule(x, positions, None)}
+        ends = lifetimes(torch.cat([taken[0,], taken[1,]], -1))[None, None]
+        actual = distortion([iter(heads)], torch.cat([torch.full_like(ends, 64), ends]), [24, 12])  # [ways, H]
     for head, (weights, v) in enumerate(heads):
-        expected = (weights @ v)[:, 12:]  # [G, Q, D]
-        mine = outputs[0][0, 12:].unflatten(-1, (config.num_attention_heads, -1)).transpose(0, 1)
+        first = [24, 12][head]
+        expected = (weights @ v)[:, first:]  # [G, Q, D]
+        mine = outputs[0][0, first:].unflatten(-1, (config.num_attention_heads, -1)).transpose(0, 1)
         mine = mine.unflatten(0, (config.num_key_value_heads, -1))[head]
         kept.append((mine - expected).square().sum() / expected.square().sum())
     assert actual[0].tolist() == pytest.approx([0, 0], abs=1e-9)
@@ -147,7 +149,7 @@ def test_converted_with_routers(tmp_path, short):
         tmp_path / "source", tmp_path / "out", calibrate=tmp_path / "text.txt", calibration_tokens=200,
         calibrating=lambda layers, total: done.append((layers, total)), **options,
     )  # fmt: skip
-    assert done == [(1, 2), (2, 2)]
+    assert done == [(n, 4) for n in range(1, 5)]  # slots by need, routers
     model = T2RForCausalLM.from_pretrained(tmp_path / "out")
     router = model.model.layers[1].self_attn.router
     assert router.weight.abs().min() > 0

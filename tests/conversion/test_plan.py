@@ -50,7 +50,7 @@ def test_a_window_beside_the_slots(source):
 def test_layers_that_differ(source):
     plan, even = plan_conversion(source, slots_by_layer=[8, 32, 9]), plan_conversion(source, num_slots=16)
     assert (plan.config.num_slots, plan.config.fewest_slots, plan.config.most_slots) == (16, 8, 32)
-    assert plan.config.slots_in_all == 49
+    assert sum(plan.config.slots_of_heads) == 2 * 49
     assert plan.memory()[0]["state"] * 48 == even.memory()[0]["state"] * 49
     assert plan.summary()["slots_by_layer"] == [8, 32, 9]
     assert "slots_by_layer" not in even.summary()
@@ -60,7 +60,7 @@ def test_layers_that_differ(source):
     Console(file=text, width=120).print(render(plan))
     assert "8 to 32 (mean 16.3) slots" in text.getvalue()
     kept = plan_conversion(source, slots_by_layer=[8, 32, 9], keep_softmax=[1]).config
-    assert (kept.slots_in_all, kept.most_slots) == (17, 9)
+    assert (sum(kept.slots_of_heads), kept.most_slots) == (2 * 17, 9)
     beside, same = (
         config.state_bytes(2) - 4 * config.state_elements()
         for config in (
@@ -69,6 +69,20 @@ def test_layers_that_differ(source):
         )
     )
     assert beside == same + 5 * 2 * 2  # tokens x heads x the logit of one slot more, in bf16
+
+
+def test_heads_that_differ(source):
+    plan, even = plan_conversion(source, slots_by_layer=[[8, 32], 20, [16, 20]]), plan_conversion(source, num_slots=16)
+    assert (plan.config.num_slots, plan.config.fewest_slots, plan.config.most_slots) == (19, 8, 32)
+    assert plan.config.head_groups(0) == [(8, (0,)), (32, (1,))]
+    assert plan.config.head_groups(1) == [(20, (0, 1))]
+    assert plan.memory()[0]["state"] * 96 == even.memory()[0]["state"] * (8 + 32 + 20 + 20 + 16 + 20)
+    shapes = {tensor.name: tensor.shape for tensor in plan.having("new")}
+    assert [shapes[f"model.layers.{i}.self_attn.f_proj.weight"][0] for i in range(3)] == [40, 40, 36]
+    assert plan.config.slots_in_words == "8 to 32 (mean 19.3)"
+    beside = plan_conversion(source, slots_by_layer=[[8, 32], 20, [16, 20]], window=5).config
+    logits = beside.state_bytes(2) - 4 * beside.state_elements() - 5 * 6 * (2 * 2 * beside.head_dim + 4)
+    assert logits == 5 * 2 * (40 + 40 + 36)
 
 
 def test_plan_is_json_and_names_no_path(source):

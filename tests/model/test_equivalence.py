@@ -30,6 +30,8 @@ OPTIONS = {kind: {"layer_types": types} for kind, types in LAYERS.items()} | {
     "hybrid, one token": {"hybrid_window": 1, "layer_types": ["hybrid_sliding", "full_attention", "linear_attention"]},
     "hybrid, routed start": {"hybrid_window": 5, "start": "routed"},
     "layers differ": {"slots_by_layer": [8, 20, 16]},
+    "heads differ, routed start": {"slots_by_layer": [[20, 8], 16, [8, 20]], "start": "routed"},
+    "heads differ, hybrid": {"slots_by_layer": [[20, 8], [8, 20], 16], "hybrid_window": 5},
     "layers differ, hybrid, routed start": {"slots_by_layer": [20, 8, 16], "hybrid_window": 5, "start": "routed"},
 }
 
@@ -45,11 +47,14 @@ def close(a, b, tolerance=2e-4):
 
 def masked_teacher(source, x, num_slots, num_sinks):
     """Softmax attention masked to the sinks and the last tokens that the ring holds."""
-    T = x.shape[1]
+    mask = masked(x.shape[1], num_slots, num_sinks)[None, None].expand(len(x), 1, -1, -1)
+    return source(x, attention_mask=mask).logits
+
+
+def masked(T, num_slots, num_sinks):
     query, key = torch.arange(T)[:, None], torch.arange(T)
     seen = (key <= query) & ((key < num_sinks) | (key > query - (num_slots - num_sinks)))
-    mask = torch.where(seen, 0.0, float("-inf"))[None, None].expand(len(x), 1, T, T)
-    return source(x, attention_mask=mask).logits
+    return torch.where(seen, 0.0, float("-inf"))
 
 
 def test_exact_window_start_is_the_teacher_up_to_num_slots():
@@ -60,10 +65,19 @@ def test_exact_window_start_is_the_teacher_up_to_num_slots():
 @pytest.mark.parametrize("start", ["window", "routed"])
 def test_exact_start_of_layers_that_differ_is_the_teacher_up_to_the_fewest_slots(start):
     source, x = teacher(), tokens(2, 40)
-    model = student(source, exact=True, start=start, slots_by_layer=[20, 12, 16])
+    model = student(source, exact=True, start=start, slots_by_layer=[20, 12, [32, 16]])
     assert model.config.fewest_slots == 12
     close(model(x[:, :12]).logits, source(x[:, :12]).logits, 1e-4)
     assert (model(x[:, :13]).logits - source(x[:, :13]).logits)[:, 12].abs().max() > 1e-3
+
+
+def test_heads_that_differ_are_masked_softmax_each():
+    source, x = teacher(), tokens(2, 60)
+    masks = {slots: masked(60, slots, 2) for slots in (8, 20)}  # of 3 query heads for each key/value head
+    mask = torch.stack([masks[20]] * 3 + [masks[8]] * 3).expand(2, -1, -1, -1)
+    expected = source(x, attention_mask=mask).logits
+    close(student(source, exact=True, slots_by_layer=[[20, 8]] * 3)(x).logits, expected, 1e-4)
+    assert (masked_teacher(source, x, 20, 2) - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("num_sinks", [0, 2, 15])
@@ -158,12 +172,15 @@ def test_cached_in_pieces_is_whole(model, lengths):
     assert cache.get_seq_length() == 40
 
 
-@pytest.mark.parametrize("options", [{}, {"hybrid_window": 7}, {"start": "routed"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"hybrid_window": 7}, {"start": "routed"}, {"hybrid_window": 7, "slots_by_layer": [8, [24, 8], 12]}],
+)
 def test_state_does_not_grow(options):
     model = student(**options)
     caches = [in_pieces(model, tokens(1, sum(pieces)), pieces)[1] for pieces in ([1], [5, 1], [100], [90, 9, 1])]
     assert {cache_bytes(cache) for cache in caches} == {model.config.state_bytes(4)}
-    for held in (x for cache in caches for layer in cache.layers for x in layer.recent or ()):
+    for held in (x for cache in caches for layer in cache.layers for x in layer.groups[0].recent or ()):
         assert held.untyped_storage().nbytes() == held.nbytes  # no view of more
 
 
@@ -240,7 +257,7 @@ def test_paper_start_is_the_papers_layer():
     model, x = shake(student(start="paper")), torch.randn(1, 30, 48, generator=torch.Generator().manual_seed(0))
     layer, config = model.model.layers[0].self_attn, model.config
     positions = Positions.resolve(x, None, None, None, 0)
-    slots = slot_schedule(positions, config)
+    slots = {16: slot_schedule(positions, config)}
     actual = layer(x, positions, slots, model.model.rotary_emb(x, positions.ids), None, None)
 
     silu = torch.nn.functional.silu

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 MODELS = {
     "window": {},
     "paper": {"start": "paper"},
-    "routed": {"start": "routed", "slots_by_layer": [6, 10]},
+    "routed": {"start": "routed", "slots_by_layer": [6, [12, 8]]},
     "with-softmax.layer": {"start": "routed", "layer_types": ["linear_attention", "full_attention"]},
 }
 OTHERS = ["t2r", "t2r_kernels", "t2r_conversion", "accelerate", "datasets", "gguf", "omegaconf", "peft", "triton"]

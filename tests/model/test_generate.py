@@ -12,7 +12,7 @@ MODELS = {
     "routed": {"start": "routed"},
     "hybrid": {"hybrid_window": 6},
     "hybrid, routed": {"hybrid_window": 6, "start": "routed"},
-    "layers differ": {"start": "routed", "slots_by_layer": [8, 20, 16]},
+    "layers and heads differ": {"start": "routed", "slots_by_layer": [8, [20, 12], 16]},
 }
 
 
