@@ -53,9 +53,11 @@ def test_steps():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("slots", [None, [[20, 8], 16, [8, 20]]], ids=["alike", "heads differ"])
 @pytest.mark.parametrize("kind", ["linear_attention", "hybrid_sliding"])
-def test_model_is_the_cpus(kind):
-    model = shake(student(layer_types=["linear_attention", "full_attention", kind], hybrid_window=7))
+def test_model_is_the_cpus(kind, slots):
+    kinds = ["linear_attention", "full_attention", kind]
+    model = shake(student(layer_types=kinds, hybrid_window=7, slots_by_layer=slots))
     x = tokens(2, 50)
     expected = model(x).logits
     assert (model.cuda()(x.cuda()).logits.cpu() - expected).abs().max() < 1e-3
@@ -63,9 +65,11 @@ def test_model_is_the_cpus(kind):
     assert (low - expected).norm() / expected.norm() < 0.1
 
 
-@pytest.mark.parametrize("window", [None, 7])
-def test_generation_with_padding(window):
-    model = shake(student(hybrid_window=window)).cuda()
+@pytest.mark.parametrize(
+    "options", [{}, {"hybrid_window": 7}, {"start": "routed", "slots_by_layer": [[20, 8], 16, [8, 20]]}]
+)
+def test_generation_with_padding(options):
+    model = shake(student(**options)).cuda()
     prompts = [tokens(1, n, seed=n).cuda() for n in (3, 20)]
     batch = torch.cat([torch.nn.functional.pad(p, (20 - p.shape[1], 0)) for p in prompts])
     mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), (20 - p.shape[1], 0)) for p in prompts])

@@ -12,7 +12,7 @@ from t2r_conversion.routers import fitted
 from t2r_conversion.stream import Read, Stream, held, held_until
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # on `num_slots`. Kernels are compiled for each number of slots, so there are few.
-MEASURED = 4  # windows that it is measured on
+MEASURED = 16  # windows that it is measured on, at most
 POWER = 0.7  # of the residual stream's squared length
 
 Head = tuple[int, int]
