@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from t2r.model.configuration_t2r import T2RConfig
+from t2r.model.heads import head_groups, in_order
 from t2r.model.modeling_t2r import T2RAttention, T2RDecoderLayer, rotate
 from t2r.model.positions import Positions
 from t2r.model.routing import routed_schedule
@@ -128,11 +129,9 @@ def held_until(importance: Tensor, config: T2RConfig, slots: Sequence[int]) -> T
         As `importance`, integers.
     """
     positions = Positions.resolve(importance[..., :1], None, None, None, 0)
-    ends = torch.empty_like(importance, dtype=torch.long)
-    for count in set(slots):
-        heads = [head for head, n in enumerate(slots) if n == count]
-        ends[..., heads] = lifetimes(routed_schedule(importance[..., heads], positions, config, None, count)[0])
-    return ends
+    groups = head_groups(slots)
+    taken = [taken for taken, _ in routed_schedule(importance, positions, config, groups)]
+    return lifetimes(in_order(taken, groups))
 
 
 def lifetimes(slots: Tensor) -> Tensor:

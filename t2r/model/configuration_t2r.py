@@ -2,13 +2,13 @@
 
 import math
 from os import PathLike
-from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .export import AUTO_MAP, write_code
+from .heads import HeadGroup, head_groups
 
 SIZES = (
     "vocab_size",
@@ -25,18 +25,6 @@ LINEAR_ATTENTION, HYBRID_ATTENTION = "linear_attention", "hybrid_sliding"
 SLOT_ATTENTION = (LINEAR_ATTENTION, HYBRID_ATTENTION)
 SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
 SLOT_BYTES, INDEX_BYTES = 4, 4  # of a number in a slot, fp32 whatever the weights are; of a slot's number
-
-
-class HeadGroup(NamedTuple):
-    """Key/value heads of a layer that have as many slots as one another, and are computed together.
-
-    Attributes:
-        num_slots: of each of them.
-        heads: their numbers.
-    """
-
-    num_slots: int
-    heads: tuple[int, ...]
 
 
 class T2RConfig(PreTrainedConfig):
@@ -145,8 +133,7 @@ class T2RConfig(PreTrainedConfig):
 
     def head_groups(self, layer: int) -> list[HeadGroup]:
         """A layer's key/value heads by their slots, fewest first. Gates come in this order too, group after group."""
-        slots = self.slots_of(layer)
-        return [HeadGroup(n, tuple(head for head, x in enumerate(slots) if x == n)) for n in sorted(set(slots))]
+        return head_groups(self.slots_of(layer))
 
     @property
     def slots_of_heads(self) -> list[int]:

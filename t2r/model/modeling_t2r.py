@@ -1,6 +1,6 @@
 """The T2R network: a Llama-like decoder whose attention is Gated Slot Attention, softmax, or either on demand."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,8 @@ from transformers.utils.output_capturing import capture_outputs
 from t2r_kernels import Held, gsa, gsa_step
 
 from .cache import Slots, T2RCache
-from .configuration_t2r import HYBRID_ATTENTION, SLOT_ATTENTION, HeadGroup, T2RConfig
+from .configuration_t2r import HYBRID_ATTENTION, SLOT_ATTENTION, T2RConfig
+from .heads import HeadGroup, in_order, of_group
 from .packed import attend_by_document, attends_by_document
 from .positions import Positions
 from .routing import Router, routed_schedule
@@ -139,14 +140,15 @@ class T2RAttention(nn.Module):
         past = [] if layer is None else layer.past
         outputs, kept = [], []
         for group, logits, taken, held in self.schedule(hidden_states, positions, slots, past):
-            tokens = Tokens(*(self._of(group, x) for x in (k, v)), logits, taken)
+            of_q, of_k, of_v = (of_group(x, group, k.shape[2]) for x in (q, k, v))
             before = past[len(kept)] if past else None
-            o, state, recent = self._attend(self._of(group, q), tokens, positions, before, keep=layer is not None)
+            tokens = Tokens(of_k, of_v, logits, taken)
+            o, state, recent = self._attend(of_q, tokens, positions, before, keep=layer is not None)
             outputs.append(o)
             kept.append(Slots(state, held, recent))
         if layer is not None:
             layer.update(kept, q.shape[1])
-        o = self._together(outputs).flatten(2)  # [B, T, HQ * D]
+        o = in_order(outputs, self.groups).flatten(2)  # [B, T, HQ * D]
         if start.swish:
             o = F.silu(o)
         return self.g_norm(o).to(o.dtype) if start.output_norm else o
@@ -183,41 +185,22 @@ class T2RAttention(nn.Module):
         hidden_states: Tensor,
         positions: Positions,
         slots: dict[int, Tensor] | None,
-        past: list[Slots] = (),
+        past: Sequence[Slots] = (),
     ) -> Iterator[tuple[HeadGroup, Tensor, Tensor, Held | None]]:
         """What is written where: for heads with as many slots as one another, gate logits `[B, T, heads, M]`, the slot
         that each token takes over, `[B, T, heads]`, and what slots then hold.
 
         A routed layer chooses slots by what they hold. Arguments as for `forward`; `past` is what slots held before.
         """
+        if self.start.routed:
+            before = [group.held for group in past]
+            taken = routed_schedule(self.router(hidden_states), positions, self.config, self.groups, before)
+        else:
+            taken = [(slots[n].unsqueeze(-1).expand(-1, -1, len(heads)), None) for n, heads in self.groups]
         sizes = [group.num_slots * len(group.heads) for group in self.groups]
-        importance = self.router(hidden_states) if self.start.routed else None  # [B, T, H]
-        for i, (group, logits) in enumerate(zip(self.groups, self.f_proj(hidden_states).split(sizes, -1), strict=True)):
-            if importance is None:
-                taken, held = slots[group.num_slots].unsqueeze(-1), None
-                taken = taken.expand(*taken.shape[:2], len(group.heads))
-            else:
-                before = past[i].held if past else None
-                taken, held = routed_schedule(
-                    self._of(group, importance), positions, self.config, before, group.num_slots
-                )
-            yield group, logits.unflatten(-1, (-1, group.num_slots)), taken, held
-
-    def _of(self, group: HeadGroup, x: Tensor) -> Tensor:
-        """The heads of a group, and the query heads that read them, out of `[B, T, all heads, ...]`."""
-        if len(self.groups) == 1:
-            return x
-        each = x.split(x.shape[2] // self.config.num_key_value_heads, 2)
-        return torch.cat([each[head] for head in group.heads], 2) if len(group.heads) > 1 else each[group.heads[0]]
-
-    def _together(self, outputs: list[Tensor]) -> Tensor:
-        """`[B, T, heads of a group, D]` of each group to `[B, T, HQ, D]`, heads in order."""
-        if len(outputs) == 1:
-            return outputs[0]
-        found = {}
-        for group, o in zip(self.groups, outputs, strict=True):
-            found |= zip(group.heads, o.split(self.num_key_value_groups, 2), strict=True)
-        return torch.cat([found[head] for head in sorted(found)], 2)
+        logits = self.f_proj(hidden_states).split(sizes, -1)
+        for group, x, (slot, held) in zip(self.groups, logits, taken, strict=True):
+            yield group, x.unflatten(-1, (-1, group.num_slots)), slot, held
 
     def _softmax(self, q, k, v, positions, rope, attention_mask, past_key_values, **kwargs) -> Tensor:
         q, k = self.rotate(q, k, *rope)

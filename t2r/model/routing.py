@@ -5,6 +5,8 @@ token is oldest for its importance: what little else will look at soon makes roo
 look at stays for long. With all tokens equal, that is the ring of the window start.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from t2r_kernels import Held, evict
 
 from .configuration_t2r import T2RConfig
+from .heads import HeadGroup, of_group
 from .positions import Positions
 
 MOST = 30.0  # the largest log importance, either way
@@ -44,22 +47,27 @@ def routed_schedule(
     importance: Tensor,
     positions: Positions,
     config: T2RConfig,
-    held: Held | None = None,
-    num_slots: int | None = None,
-) -> tuple[Tensor, Held | None]:
+    groups: Sequence[HeadGroup],
+    held: Sequence[Held] = (),
+) -> list[tuple[Tensor, Held | None]]:
     """The slot that each token takes over.
 
     Args:
         importance: the log of each token's, `[B, T, H]` fp32.
         positions: of the pass.
         config: of the model.
-        held: what slots hold before this pass; None at a sequence's start.
-        num_slots: of the layer; None for the configuration's.
+        groups: the layer's heads, by their slots.
+        held: what each group's slots hold before this pass; nothing at a sequence's start.
 
     Returns:
-        Slots, int32 `[B, T, H]`, -1 where a place holds no token; and what slots hold afterwards, None if packed.
+        For each group slots, int32 `[B, T, heads]`, -1 where a place holds no token; and what slots hold afterwards,
+        None if packed.
     """
     sinks = (positions.ids < config.num_sinks).unsqueeze(-1)
     places = positions.ids if positions.padding is None else positions.ids.masked_fill(positions.padding, -1)
     rates = importance.neg().exp().masked_fill(sinks, 0.0)  # sinks do not age
-    return evict(rates, places, num_slots or config.num_slots, held, positions.cu_seqlens, positions.longest)
+    packed = positions.cu_seqlens, positions.longest
+    return [
+        evict(of_group(rates, group, rates.shape[2]), places, group.num_slots, before, *packed)
+        for group, before in zip(groups, held or [None] * len(groups), strict=True)
+    ]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from t2r.model import T2RConfig, new_parameters, new_tensors
+from t2r.model.heads import head_groups, in_order
 from t2r.model.positions import Positions
 from t2r.model.routing import Router, routed_schedule
 from t2r_kernels import evict
@@ -19,7 +20,7 @@ def positions(B, T, **options):
 
 def test_important_tokens_age_slowly_and_sinks_not_at_all():
     importance = torch.randn(1, 50, 2, generator=torch.Generator().manual_seed(0))
-    slots, held = routed_schedule(importance, positions(1, 50), CONFIG)
+    ((slots, held),) = routed_schedule(importance, positions(1, 50), CONFIG, CONFIG.head_groups(0))
     rates = (-importance).exp()
     rates[:, :2] = 0
     expected, left = evict(rates, torch.arange(50)[None], 8)
@@ -28,11 +29,23 @@ def test_important_tokens_age_slowly_and_sinks_not_at_all():
     assert set(slots[0, 8:].flatten().tolist()) == set(range(2, 8))
 
 
+def test_heads_that_differ_are_scheduled_by_themselves():
+    importance = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(0))
+    groups = head_groups([8, 5, 8])
+    (few, _), (many, held) = routed_schedule(importance, positions(2, 40), CONFIG, groups)
+    for slots, heads, count in ((few, [1], 5), (many, [0, 2], 8)):
+        alone = routed_schedule(importance[..., heads], positions(2, 40), CONFIG, head_groups([count] * len(heads)))
+        assert torch.equal(slots, alone[0][0])
+    assert held.rates.shape == (2, 2, 8)
+    assert torch.equal(in_order([few, many], groups)[..., 1], few[..., 0])
+
+
 def test_padding_takes_no_slot():
     importance, mask = torch.randn(2, 30, 2), torch.ones(2, 30).long()
     mask[1, :7] = 0
-    slots, _ = routed_schedule(importance, positions(2, 30, attention_mask=mask), CONFIG)
-    alone, _ = routed_schedule(importance[1:, 7:], positions(1, 23), CONFIG)
+    groups = CONFIG.head_groups(0)
+    ((slots, _),) = routed_schedule(importance, positions(2, 30, attention_mask=mask), CONFIG, groups)
+    ((alone, _),) = routed_schedule(importance[1:, 7:], positions(1, 23), CONFIG, groups)
     assert (slots[1, :7] == -1).all()
     assert torch.equal(slots[1:, 7:], alone)
 
