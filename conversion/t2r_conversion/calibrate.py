@@ -51,7 +51,7 @@ def calibration_of(
         text: a `.txt` file, which is one document, or a `.jsonl` file with a `text` in each line; see `check_text`.
             None for English that every CPython ships, the reference behind `help()`.
         tokens: how many at most.
-        num_slots: of the layer that has most; windows have twice as many tokens, and at least `WINDOW`.
+        num_slots: of the head that may have most; windows have twice as many tokens, and at least `WINDOW`.
         tokenizer_folder: of the source.
         progress: see `Calibration`.
 

@@ -155,9 +155,10 @@ def plan_conversion(
         wanted["slots_by_layer"] = slots_by_layer
         _check_unchanged(source.name, values, **wanted)
     if slots_by_layer is not None:
-        slots_by_layer = list(slots_by_layer)
+        slots_by_layer = [list(x) if isinstance(x, tuple) else x for x in slots_by_layer]
         means = [fmean(x) if isinstance(x, list) and x else x for x in slots_by_layer]
-        num_slots = num_slots or (int(fmean(means)) if means else None)
+        if means and all(isinstance(x, int | float) for x in means):  # what else there is is refused below
+            num_slots = num_slots or int(fmean(means))
     options = {"start": "routed", "num_slots": DEFAULT_SLOTS}
     options |= {name: x for name, x in {"start": start, "num_slots": num_slots}.items() if x is not None} | values
     _warn_without_effect(options["start"], num_sinks=num_sinks, gate_write_logit=gate_write, gate_keep_logit=gate_keep)

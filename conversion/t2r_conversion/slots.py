@@ -7,6 +7,7 @@ from torch import Tensor
 
 from t2r.model.configuration_t2r import T2RConfig
 from t2r.model.modeling_t2r import T2RAttention
+from t2r_conversion import calibrate
 from t2r_conversion.calibrate import Progress
 from t2r_conversion.routers import fitted
 from t2r_conversion.stream import Read, Stream, held, held_until
@@ -20,9 +21,10 @@ Head = tuple[int, int]
 
 
 def levels(config: T2RConfig) -> list[int]:
-    """The slots that a head may get, least first."""
-    choices = {round(factor * config.num_slots) for factor in FACTORS}
-    return sorted(slots for slots in choices if config.num_sinks < slots)
+    """The slots that a head may get, least first: as many as half a window of text shows the worth of, or twice
+    `num_slots`."""
+    choices, most = {round(factor * config.num_slots) for factor in FACTORS}, calibrate.WINDOW // 2
+    return sorted(n for n in choices if config.num_sinks < n <= max(most, 2 * config.num_slots))
 
 
 def can_differ(config: T2RConfig) -> bool:
@@ -53,8 +55,9 @@ def _needs(
     """How much a head's slots change what its layer adds to the residual stream, for each of `levels`.
 
     It is the squared length of the change over the stream's own, that to the power of `POWER`: a change that is as
-    large as another relative to the stream matters more in later layers. Mean over tokens that no slots held whole. The
-    power is what goes best with the perplexity that softmax attention in single layers of SmolLM2-135M brings back.
+    large as another relative to the stream matters more in later layers. Mean over the tokens of a window from
+    `num_slots` on. The power is what goes best with the perplexity that softmax attention in single layers of
+    SmolLM2-135M brings back.
     """
     stream, needs = Stream(config, read, windows, device), {}
     heads, count = config.num_key_value_heads, max(config.slot_layers, default=-1) + 1

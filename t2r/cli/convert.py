@@ -133,8 +133,14 @@ def _slots(text: str) -> str | list[int | list[int]] | None:
     """A number for each layer, "48,80", or for each head of one, "48,64/128"."""
     if not text[:1].isdigit():
         return text or None
-    layers = [_numbers(layer.replace("/", ","), "--slots-by-layer") for layer in text.split(",")]
-    return [slots if len(slots) > 1 else slots[0] for slots in layers if slots]
+    try:
+        layers = [[int(slots) for slots in layer.split("/")] for layer in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"--slots-by-layer {text!r}: give layers' numbers with commas between them, heads' with slashes, as "
+            "48,64/128/64,80"
+        ) from error
+    return [slots if len(slots) > 1 else slots[0] for slots in layers]
 
 
 def _numbers(text: str, option: str) -> list[int]:

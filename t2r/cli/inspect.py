@@ -35,9 +35,7 @@ def _model(facts: "ModelFacts") -> Table:
     table.add_row("layers", ", ".join(f"{count} {kind}" for kind, count in facts.layers.items()))
     if facts.slots is not None:
         table.add_row("start", facts.start)
-        table.add_row(
-            "slots", str(facts.slots) if facts.sinks is None else f"{facts.slots}, {facts.sinks} of them sinks"
-        )
+        table.add_row("slots", facts.slots_in_words + ("" if facts.sinks is None else f", {facts.sinks} of them sinks"))
     if facts.window is not None:
         table.add_row("softmax window", f"{facts.window} tokens")
     for name, value in facts.shape.items():

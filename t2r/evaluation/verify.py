@@ -20,7 +20,7 @@ class Verification:
     Attributes:
         tokens: how many.
         softmax: the largest difference with softmax attention, in standard deviations of the source's logits.
-        slots: the same with slots, on the first tokens, which all layers' slots hold.
+        slots: the same with slots, on the first tokens, which all heads' slots hold.
         agreement: share of all tokens at which the converted model would say what its source would.
     """
 

@@ -24,7 +24,7 @@ class ModelFacts:
         start: how the recurrent layers were started; None if there are none.
         layers: number of layers by type.
         shape: hidden size, heads, key/value heads, head width, vocabulary.
-        slots: slots of each key/value head, in the mean where layers differ; None without recurrent layers.
+        slots: slots of each key/value head, or what was asked for where heads differ; None without recurrent layers.
         slots_in_words: the same for people.
         sinks: slots that keep the first tokens; None where the start has none.
         window: tokens of the softmax window beside the slots; None where there is none.

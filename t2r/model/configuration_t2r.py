@@ -220,6 +220,9 @@ class T2RConfig(PreTrainedConfig):
                 f"slots_by_layer is of {len(self.slots_by_layer)} layers, num_hidden_layers is {self.num_hidden_layers}"
             )
         counts = list(map(self.slots_of, range(self.num_hidden_layers)))
+        wrong = [n for slots in counts for n in slots if type(n) is not int]
+        if wrong:
+            raise ValueError(f"slots_by_layer holds integers, or a list of them for a layer, got {wrong[0]!r}")
         heads = {len(slots) for slots in counts} - {self.num_key_value_heads}
         if heads:
             raise ValueError(

@@ -115,7 +115,7 @@ def slot_schedule(positions: Positions, config: T2RConfig, num_slots: int | None
     Args:
         positions: of the pass.
         config: of the model.
-        num_slots: of the layer; None for the configuration's.
+        num_slots: of the heads; None for the configuration's.
     """
     if config.start == "window":
         slot = window_schedule(positions.ids, num_slots or config.num_slots, config.num_sinks)

@@ -190,7 +190,7 @@ def _activations(
 ) -> tuple[int, int]:
     """Bytes that a forward pass keeps for the backward pass, and that the loss takes beside them."""
     n, half = stage.batch_size * stage.sequence_length, 2 if dtype == "bfloat16" else 4
-    layers = [saved_bytes(network, kind, half, liger) for kind in network.layer_types]
+    layers = [saved_bytes(network, layer, half, liger) for layer in range(network.num_hidden_layers)]
     logits = tokens_at_once(network.vocab_size) * network.vocab_size * 4 * (6 if stage.loss.distill else 4)
     states = n * network.hidden_size * (half + 4) * 2
     if stage.loss.align:
@@ -200,22 +200,22 @@ def _activations(
     return n * sum(layers), logits + states
 
 
-def saved_bytes(network: T2RConfig, kind: str, half: int, liger: bool = False) -> int:
+def saved_bytes(network: T2RConfig, layer: int, half: int, liger: bool = False) -> int:
     """Bytes a token that one decoder layer keeps for the backward pass, with adapters on all its projections.
 
     Args:
         network: the model's configuration.
-        kind: the layer's type.
+        layer: its number.
         half: bytes of a number in the dtype that the layers compute in.
         liger: whether liger-kernel computes norms and SwiGLU.
     """
-    hidden, inner = network.hidden_size, network.intermediate_size
+    hidden, inner, kind = network.hidden_size, network.intermediate_size, network.layer_types[layer]
     queries = network.num_attention_heads * network.head_dim
     keys = network.num_key_value_heads * network.head_dim
     norms = 2 * hidden * (half if liger else 4)  # by themselves they compute in fp32
     attention = half * (hidden + 2 * queries + 2 * keys)  # projections' input, q, k, v, and o_proj's input
     if kind in SLOT_ATTENTION:
-        attention += half * network.num_key_value_heads * network.num_slots
+        attention += half * sum(network.slots_of(layer))
     if kind == HYBRID_ATTENTION:  # in fp32: logits and softmax, queries and outputs; keys and values, twice
         window = 2 * network.hybrid_window  # keys that a block of queries meets
         attention += 4 * (2 * network.num_attention_heads * window + 2 * queries + 4 * keys)

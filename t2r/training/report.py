@@ -19,6 +19,7 @@ CONVERSION = (
     "family",
     "start",
     "num_slots",
+    "slots_by_layer",
     "num_sinks",
     "window",
     "gate_write_logit",

@@ -179,8 +179,9 @@ def test_convert_with_slots_by_layer(tmp_path):
     assert run(*command, "6,8/16", "--overwrite").exit_code == 0
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["num_slots"], config["slots_by_layer"]) == (9, [6, [8, 16]])
-    assert "--slots-by-layer 'a'" in fails(*command, "6,a")
-    assert "--slots-by-layer '8,a'" in fails(*command, "6,8/a")
+    assert "6 to 16" in run("inspect", tmp_path / "out").stdout
+    for wrong in ("6,a", "6,8/a", "6,,8", "6,8/"):
+        assert f"--slots-by-layer '{wrong}'" in fails(*command, wrong)
     assert "slots_by_layer gives a layer slots for 3 heads" in fails(*command, "6,8/8/9")
     assert "slots_by_layer 'some' is unknown" in fails(*command, "some")
 

@@ -61,7 +61,7 @@ def test_streamed_layers_see_what_the_whole_model_sees(make, tmp_path, short, mo
                 assert torch.allclose(y.view(2, -1, 2)[b, :, head], expected, atol=1e-2)
 
 
-@pytest.mark.parametrize("slots_by_layer", ["even", [11, 14, 20]])
+@pytest.mark.parametrize("slots_by_layer", ["even", [11, 14, 20], [[20, 11], 14, 20]])
 def test_layers_are_fitted_to_what_the_converted_model_sees(tmp_path, short, monkeypatch, slots_by_layer):
     tiny_llama(tmp_path / "source", num_hidden_layers=3)
     (tmp_path / "text.txt").write_text(tiny_text(400))

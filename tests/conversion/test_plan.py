@@ -80,6 +80,11 @@ def test_heads_that_differ(source):
     shapes = {tensor.name: tensor.shape for tensor in plan.having("new")}
     assert [shapes[f"model.layers.{i}.self_attn.f_proj.weight"][0] for i in range(3)] == [40, 40, 36]
     assert plan.config.slots_in_words == "8 to 32 (mean 19.3)"
+    assert plan_conversion(source, slots_by_layer=[(8, 32), 20, (16, 20)]).config.slots_by_layer == [
+        [8, 32],
+        20,
+        [16, 20],
+    ]
     beside = plan_conversion(source, slots_by_layer=[[8, 32], 20, [16, 20]], window=5).config
     logits = beside.state_bytes(2) - 4 * beside.state_elements() - 5 * 6 * (2 * 2 * beside.head_dim + 4)
     assert logits == 5 * 2 * (40 + 40 + 36)
@@ -117,6 +122,8 @@ def test_gate_logits_reach_the_configuration(source):
     ("options", "message"),
     [
         ({"num_slots": 4, "num_sinks": 4}, "num_sinks"),
+        ({"slots_by_layer": [[], 9, 9]}, "gives a layer slots for 0 heads"),
+        ({"slots_by_layer": [None, 9, 9]}, "holds integers, or a list of them for a layer, got None"),
         ({"num_slots": 0, "start": "paper"}, "num_slots"),
         ({"start": "mamba"}, "start"),
         ({"window": 0}, "hybrid_window must be at least 1, got 0"),

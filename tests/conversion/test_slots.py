@@ -70,6 +70,7 @@ def test_layers_whose_heads_are_alike_have_one_number():
 def test_heads_get_half_as_many_to_four_times():
     assert levels(config_of(2, num_slots=64)) == [32, 64, 128, 256]
     assert levels(config_of(2, num_slots=11)) == [6, 11, 22, 44]
+    assert levels(config_of(2, num_slots=256)) == [128, 256, 512]  # of a window of 1,024 tokens
     assert can_differ(config_of(2, num_slots=64))
 
 
@@ -98,7 +99,7 @@ def test_needs_are_what_slots_change_in_the_residual_stream(tmp_path, short):
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(routers, "SPREADS", (1.0,))
         patch.setattr("t2r_conversion.calibration_of", lambda *a: calibrate.Calibration("text", windows))
-        for head, (count, found) in itertools.product(range(2), [(8, 0), (16, 1), (32, 2), (64, 3)]):
+        for head, (count, found) in itertools.product(range(2), [(8, 0), (16, 1), (32, 2)]):
             each = [whole, whole]
             each[head] = count
             convert(tmp_path / "source", tmp_path / "out", num_sinks=2, slots_by_layer=[each, 16], overwrite=True,
@@ -123,13 +124,13 @@ def test_converted_by_need(tmp_path, short, monkeypatch):
     done = []
     command = {"num_slots": 16, "num_sinks": 2, "calibrate": tmp_path / "text.txt", "calibration_tokens": 192}
     plan = convert(tmp_path / "source", tmp_path / "out", calibrating=lambda *at: done.append(at), **command)
-    assert plan.config.slots_by_layer == [8, [64, 8], 8, [8, 16], 16]
+    assert plan.config.slots_by_layer == [8, [32, 16], 16, 16, 16]
     assert plan.config.num_slots == 16
     assert done == [(n, 10) for n in range(6, 11)]  # the first pass is another function here
     model = T2RForCausalLM.from_pretrained(tmp_path / "out")
-    assert [layer.self_attn.f_proj.out_features for layer in model.model.layers] == [16, 72, 16, 24, 32]
+    assert [layer.self_attn.f_proj.out_features for layer in model.model.layers] == [16, 48, 32, 32, 32]
     record = json.loads((tmp_path / "out" / "t2r_record.json").read_text())["conversion"]
-    assert record["slots_by_layer"] == [8, [64, 8], 8, [8, 16], 16]
+    assert record["slots_by_layer"] == [8, [32, 16], 16, 16, 16]
     assert len(record["calibration"]["errors"]) == 5
     convert(tmp_path / "source", tmp_path / "even", slots_by_layer="even", **command)
     assert T2RConfig.from_pretrained(tmp_path / "even").slots_by_layer is None

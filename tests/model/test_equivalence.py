@@ -31,6 +31,11 @@ OPTIONS = {kind: {"layer_types": types} for kind, types in LAYERS.items()} | {
     "hybrid, routed start": {"hybrid_window": 5, "start": "routed"},
     "layers differ": {"slots_by_layer": [8, 20, 16]},
     "heads differ, routed start": {"slots_by_layer": [[20, 8], 16, [8, 20]], "start": "routed"},
+    "heads differ, hybrid, routed start": {
+        "slots_by_layer": [[20, 8], 16, [8, 20]],
+        "hybrid_window": 5,
+        "start": "routed",
+    },
     "heads differ, hybrid": {"slots_by_layer": [[20, 8], [8, 20], 16], "hybrid_window": 5},
     "layers differ, hybrid, routed start": {"slots_by_layer": [20, 8, 16], "hybrid_window": 5, "start": "routed"},
 }
@@ -180,7 +185,7 @@ def test_state_does_not_grow(options):
     model = student(**options)
     caches = [in_pieces(model, tokens(1, sum(pieces)), pieces)[1] for pieces in ([1], [5, 1], [100], [90, 9, 1])]
     assert {cache_bytes(cache) for cache in caches} == {model.config.state_bytes(4)}
-    for held in (x for cache in caches for layer in cache.layers for x in layer.groups[0].recent or ()):
+    for held in (x for cache in caches for layer in cache.layers for slots in layer.groups for x in slots.tensors()):
         assert held.untyped_storage().nbytes() == held.nbytes  # no view of more
 
 

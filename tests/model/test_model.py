@@ -128,6 +128,8 @@ def test_gates_at_the_start_write_one_slot_and_keep_the_rest():
         ({"slots_by_layer": [8, 8]}, "slots_by_layer is of 2 layers, num_hidden_layers is 3"),
         ({"slots_by_layer": [8, 4, 8]}, r"above num_sinks \(4\) in all layers, got 4 in one"),
         ({"slots_by_layer": [8, [8, 4], 8]}, r"above num_sinks \(4\) in all layers, got 4 in one"),
+        ({"slots_by_layer": [8, (8, 9), 8]}, r"holds integers, or a list of them for a layer, got \(8, 9\)"),
+        ({"slots_by_layer": [8, [8.5, 9], 8]}, "holds integers, or a list of them for a layer, got 8.5"),
         ({"slots_by_layer": [8, [8], 8]}, "gives a layer slots for 1 heads, num_key_value_heads is 2"),
         ({"slots_by_layer": [8, 8, 8], "start": "paper"}, "slots_by_layer needs start 'window' or 'routed'"),
         ({"hybrid_window": 4, "start": "paper"}, "needs start 'window' or 'routed'"),
