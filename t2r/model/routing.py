@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2r_kernels import Held, evict
+from t2r_kernels import Held, evict_groups
 
 from .configuration_t2r import T2RConfig
-from .heads import HeadGroup, of_group
+from .heads import HeadGroup
 from .positions import Positions
 
 MOST = 30.0  # the largest log importance, either way
@@ -66,8 +66,4 @@ def routed_schedule(
     sinks = (positions.ids < config.num_sinks).unsqueeze(-1)
     places = positions.ids if positions.padding is None else positions.ids.masked_fill(positions.padding, -1)
     rates = importance.neg().exp().masked_fill(sinks, 0.0)  # sinks do not age
-    packed = positions.cu_seqlens, positions.longest
-    return [
-        evict(of_group(rates, group, rates.shape[2]), places, group.num_slots, before, *packed)
-        for group, before in zip(groups, held or [None] * len(groups), strict=True)
-    ]
+    return evict_groups(rates, places, groups, held, positions.cu_seqlens, positions.longest)

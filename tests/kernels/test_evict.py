@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from t2r_kernels import Held, evict
+from t2r_kernels import Held, evict, evict_groups
 
 M = 8
 
@@ -112,6 +112,37 @@ def test_padding_takes_no_slot(side, way):
     assert torch.equal(found[:, here], slots)
     assert (found[positions < 0] == -1).all()
     assert all(torch.equal(a, b) for a, b in zip(left, held, strict=True))
+
+
+GROUPS = [(5, (1,)), (8, (0, 3)), (20, (2,))]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_heads_that_differ_are_each_alone(packed, device):
+    rates, positions = rates_of(2, 70, H=4).to(device), positions_of(2, 70).clone().to(device)
+    rates[:, :2] = 0  # sinks
+    positions[1] -= 9  # padding
+    bounds = None
+    if packed:
+        bounds = torch.tensor([0, 30, 30, 41, 70], device=device)
+        positions = torch.cat([torch.arange(n) for n in (30, 11, 29)])[None].to(device)
+        rates = rates[:1]
+    together = evict_groups(rates, positions, GROUPS, cu_seqlens=bounds)
+    for (num_slots, heads), (slots, held) in zip(GROUPS, together, strict=True):
+        expected, left = evict(rates[..., list(heads)], positions, num_slots, cu_seqlens=bounds)
+        assert torch.equal(slots, expected)
+        assert slots.dtype == torch.int32
+        assert (held is None) if packed else all(map(torch.equal, held, left))
+    if not packed:
+        pieces, held = [], []
+        for part in (slice(0, 25), slice(25, 26), slice(26, 70)):
+            found = evict_groups(rates[:, part], positions[:, part], GROUPS, held)
+            pieces.append([slots for slots, _ in found])
+            held = [left for _, left in found]
+        for i, (slots, left) in enumerate(together):
+            assert torch.equal(torch.cat([piece[i] for piece in pieces], 1), slots)
+            assert all(map(torch.equal, held[i], left))
 
 
 @pytest.mark.gpu
