@@ -100,17 +100,17 @@ def nlls(model, tokenizer, text: str, share: float) -> dict[int, torch.Tensor]:
 @torch.no_grad()
 def memory(model, windows: torch.Tensor) -> list[list[float]] | None:
     """How long ago, in tokens, what slots but sinks hold at a window's end came: mean of each routed layer's heads."""
+    from t2r.model.heads import in_order
+
     ages, sinks = [], getattr(model.config, "num_sinks", 0)
     for window in windows.to(model.device):
         cache = model(window[None], use_cache=True, logits_to_keep=1).past_key_values
         ages.append([])
         for number in getattr(model.config, "slot_layers", ()):
-            of_head = {}
-            for group, slots in zip(model.config.head_groups(number), cache.layers[number].groups, strict=True):
-                if slots.held:
-                    each = len(window) - 1 - slots.held.positions[0, :, sinks:].float().mean(-1)
-                    of_head |= zip(group.heads, each, strict=True)
-            ages[-1] += [torch.stack([of_head[head] for head in sorted(of_head)])] if of_head else []
+            held = [slots.held.positions[:, None, :, sinks:] for slots in cache.layers[number].groups if slots.held]
+            if held:
+                since = in_order([x.float().mean(-1) for x in held], model.config.head_groups(number))  # [1, 1, H]
+                ages[-1].append(len(window) - 1 - since[0, 0])
     layers = [torch.stack(of_layer).mean(0).tolist() for of_layer in zip(*ages, strict=True)]
     return [[round(age, 1) for age in heads] for heads in layers] or None
 

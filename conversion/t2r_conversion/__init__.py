@@ -124,7 +124,8 @@ def convert(
     check_output(out, headers.folder, overwrite)
     if not (hard_link and can_link(headers, out)):
         check_space(out, sum(tensor.bytes for tensor in plan.having("copied", "new")))
-    most = levels(plan.config)[-1] if by_need and can_differ(plan.config) else plan.config.most_slots
+    by_need = by_need and can_differ(plan.config)
+    most = levels(plan.config)[-1] if by_need else plan.config.most_slots
     about = calibrate, calibration_tokens, most
     text = calibration_of(*about, headers.folder, calibrating) if routed and headers.kind != "gguf" else None
     with open_source(headers, scratch=out.with_name(f".{out.name}.unpacked")) as opened:
@@ -140,7 +141,6 @@ def convert(
 
 def _fitted(plan: Plan, options: dict, text: Calibration, by_need: bool) -> tuple[Plan, Fit]:
     """Routers fitted to a text, and the plan with the slots of each head by need."""
-    by_need = by_need and can_differ(plan.config)
     source, done, passes = plan.source, 0, 1 + by_need
 
     def read(name: str) -> Tensor:

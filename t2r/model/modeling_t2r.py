@@ -139,9 +139,9 @@ class T2RAttention(nn.Module):
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         past = [] if layer is None else layer.past
         outputs, kept = [], []
-        for group, logits, taken, held in self.schedule(hidden_states, positions, slots, past):
+        written = self.schedule(hidden_states, positions, slots, past)
+        for (group, logits, taken, held), before in zip(written, past or [None] * len(self.groups), strict=True):
             of_q, of_k, of_v = (of_group(x, group, k.shape[2]) for x in (q, k, v))
-            before = past[len(kept)] if past else None
             tokens = Tokens(of_k, of_v, logits, taken)
             o, state, recent = self._attend(of_q, tokens, positions, before, keep=layer is not None)
             outputs.append(o)
