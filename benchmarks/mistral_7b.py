@@ -99,6 +99,11 @@ def run(*words: object) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
+def _both(key: str, ours: dict, softmax: dict, unit: int = 1) -> dict[str, float]:
+    """A figure of the converted model, and of the one that it was made of."""
+    return {"ours": ours[key] / unit, "softmax": softmax[key] / unit}
+
+
 def main() -> None:
     """Make, convert, finetune, decode; write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -118,14 +123,14 @@ def main() -> None:
     run("-m", "t2r.cli.main", "train", config, "--overwrite")
     record = json.loads((work / "run" / "t2r_record.json").read_text())
     speeds = sorted(step["tokens_per_second"] for step in record["history"][2:])
-    decoded = json.loads(run("-c", DECODE, converted))
+    decoded, softmax = (json.loads(run("-c", DECODE, folder)) for folder in (converted, source))
     rows = [
         {"name": "convert_s", "unit": "s", "ours": convert_seconds},
         {"name": "convert_peak_mib", "unit": "MiB", "ours": convert_peak},
         {"name": "finetune_tokens_per_s", "unit": "tokens/s", "ours": speeds[len(speeds) // 2]},
         {"name": "finetune_peak_mib", "unit": "MiB", "ours": record["training"]["peak_memory_mib"]},
-        {"name": "decode_tokens_per_s", "unit": "tokens/s", "ours": decoded["tokens_per_second"]},
-        {"name": "state_mib", "unit": "MiB", "ours": decoded["state_bytes"] / 2**20},
+        {"name": "decode_tokens_per_s", "unit": "tokens/s"} | _both("tokens_per_second", decoded, softmax),
+        {"name": "state_mib", "unit": "MiB"} | _both("state_bytes", decoded, softmax, 2**20),
     ]
     for row in rows:
         print(f"{row['name']:<24}{row['ours']:>12,.1f} {row['unit']}")

@@ -135,3 +135,14 @@ class T2RCache(Cache):
             "sliding_attention": lambda: DynamicSlidingWindowLayer(config.sliding_window),
         }
         super().__init__(layers=[make[kind]() for kind in self.layer_types])
+        self.graph = None  # of decoding steps, see `graphs`
+
+    def tensors(self) -> list[Tensor]:
+        """What all slots hold, layer after layer."""
+        layers = (layer for layer in self.layers if isinstance(layer, SlotCacheLayer))
+        return [x for layer in layers for slots in layer.past for x in slots.tensors()]
+
+    def count(self, num_tokens: int) -> None:
+        """Count tokens of which the state is here already."""
+        for layer in self.layers:
+            layer.cumulative_length += num_tokens

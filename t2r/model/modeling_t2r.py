@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -27,12 +28,15 @@ from t2r_kernels import Held, gsa, gsa_step
 
 from .cache import Slots, T2RCache
 from .configuration_t2r import HYBRID_ATTENTION, SLOT_ATTENTION, T2RConfig
+from .graphs import NotCapturable, graphed, takes_graph
 from .heads import HeadGroup, in_order, of_group
 from .packed import attend_by_document, attends_by_document
 from .positions import Positions
 from .routing import Router, routed_schedule
 from .starts import STARTS, gate_of, slot_schedule
 from .window import Tokens, joined, window_attention
+
+logger = logging.get_logger(__name__)
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -287,7 +291,13 @@ class T2RPreTrainedModel(PreTrainedModel):
 
 
 class T2RModel(T2RPreTrainedModel):
-    """Embeddings, decoder layers and the final norm."""
+    """Embeddings, decoder layers and the final norm.
+
+    Attributes:
+        cuda_graphs: decode as CUDA graphs where that goes (see `graphs`).
+    """
+
+    cuda_graphs = True
 
     def __init__(self, config: T2RConfig):
         super().__init__(config)
@@ -343,6 +353,37 @@ class T2RModel(T2RPreTrainedModel):
             past_key_values = T2RCache(self.config, self.layer_kinds)
         masks = self._softmax_masks(hidden_states, attention_mask, positions, past_key_values)
         rope = self.rotary_emb(hidden_states, position_ids=positions.ids)
+        if self.cuda_graphs and takes_graph(self.layers, past_key_values, hidden_states, kwargs):
+            try:
+                last = self._step(hidden_states, positions, rope, past_key_values)
+                return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
+            except NotCapturable as error:
+                self.cuda_graphs = False
+                logger.warning(f"decoding goes on without CUDA graphs: {error}")
+        last = self._through_layers(hidden_states, positions, rope, past_key_values, masks, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
+
+    def _step(
+        self, hidden_states: Tensor, positions: Positions, rope: tuple[Tensor, Tensor], cache: T2RCache
+    ) -> Tensor:
+        """As `_through_layers` for one token of each sequence, as a CUDA graph."""
+
+        def step(hidden_states, cos, sin, ids, offset, padding=None):
+            return self._through_layers(hidden_states, Positions(ids, offset, padding), (cos, sin), cache, {})
+
+        padding = [] if positions.padding is None else [positions.padding]
+        return graphed(step, [hidden_states, *rope, positions.ids, positions.offset, *padding], cache)
+
+    def _through_layers(
+        self,
+        hidden_states: Tensor,
+        positions: Positions,
+        rope: tuple[Tensor, Tensor],
+        past_key_values: T2RCache | None,
+        masks: dict[str, Tensor | None],
+        **kwargs,
+    ) -> Tensor:
+        """All layers and the final norm, `[B, T, hidden]`."""
         counts = {group.num_slots for layer in self.layers for group in layer.self_attn.groups}
         schedules = {count: slot_schedule(positions, self.config, count) for count in counts}
         for layer in self.layers:
@@ -355,7 +396,7 @@ class T2RModel(T2RPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return self.norm(hidden_states)
 
     def _softmax_masks(self, inputs_embeds, attention_mask, positions, past_key_values) -> dict[str, Tensor | None]:
         if attends_by_document(inputs_embeds, positions, self.config):
