@@ -1,7 +1,7 @@
 """Milliseconds of a decoded token: SmolLM2-135M with 64 slots by need, 64 in each head, and as it came.
 
 `python -m benchmarks.decoding --data DIR` converts it (DIR as for `benchmarks.recovery`) and writes `decoding.json`:
-what a step of transformers' `generate` takes, in bf16, for one sequence and for many, after prompts of two lengths.
+what a step of transformers' `generate` takes, in bf16, for one sequence and for many, with CUDA graphs and without.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from benchmarks.record import write_results
 from benchmarks.recovery import MODEL, RESULTS, prepare
 from t2r.evaluation import load_model
 
-BATCHES, PROMPTS, NEW = (1, 64), (512, 8192), 128
+SHAPES, NEW = ((1, 512), (1, 8192), (64, 512)), 128  # sequences and tokens of their prompts; tokens generated
 TRIES = 2  # of which the faster counts
 WAYS = {"ours": None, "even": "even"}  # `slots_by_layer`
 
@@ -53,11 +53,15 @@ def main() -> None:
         models[name] = options.work / f"decoding-{name}"
         fitted = {"start": "routed", "num_slots": 64, "calibrate": options.work / "calibrate.jsonl"}
         t2r_conversion.convert(options.model, models[name], overwrite=True, slots_by_layer=slots, **fitted)
-    rows = {(b, p): {"name": f"{b} x {p}", "unit": "ms/token"} for b in BATCHES for p in PROMPTS}
-    for name in (*WAYS, "softmax"):
-        model = load_model(models[name], dtype="bfloat16")
+    rows = {shape: {"name": "{} x {}".format(*shape), "unit": "ms/token"} for shape in SHAPES}
+    for name, path in models.items():
+        model = load_model(path, dtype="bfloat16")
         for shape, row in rows.items():
             row[name] = step_ms(model, *shape)
+            if name in WAYS:
+                model.model.cuda_graphs = False
+                row["no_graphs" if name == "ours" else f"{name}_no_graphs"] = step_ms(model, *shape)
+                model.model.cuda_graphs = True
             print(row, flush=True)
         del model
         gc.collect()

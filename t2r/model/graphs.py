@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from t2r_kernels import takes_triton
+
 from .cache import SlotCacheLayer, T2RCache
 
 Step = Callable[..., Tensor]
@@ -100,6 +102,8 @@ def graphed(step: Step, inputs: list[Tensor], cache: T2RCache) -> Tensor:
 def takes_graph(layers: nn.ModuleList, cache: T2RCache | None, hidden_states: Tensor, options: dict) -> bool:
     """Whether a pass may be a graph's: a step without gradients on one GPU, all layers with slots, nobody looking in.
 
+    Autocast is left out, since the weights that it casts are freed with it.
+
     Args:
         layers: of the model.
         cache: of the pass.
@@ -113,6 +117,8 @@ def takes_graph(layers: nn.ModuleList, cache: T2RCache | None, hidden_states: Te
     if any(option is not None and option is not False for option in options.values()):
         return False
     if not all(isinstance(layer, SlotCacheLayer) and layer.groups for layer in cache.layers):
+        return False
+    if not takes_triton(layers[0].self_attn.head_dim):  # plain PyTorch waits for the device
         return False
     return (cache.graph is not None and cache.graph.graph is not None) or not _watched(layers, hidden_states.device)
 
