@@ -64,6 +64,7 @@ def test_recipes_can_be_planned(recipe, tmp_path):
     T2RConfig(**dict(zip(names, SHAPES[recipe.stem], strict=True))).save_pretrained(tmp_path)
     plan = plan_run(load_config(recipe, [f"model={tmp_path}"]), on_cuda=True)
     stages = plan.as_dict()["stages"]
-    assert [s["stage"] for s in stages] in (["1-distill"], ["1-align", "2-distill", "3-finetune"])
+    named = [s["stage"] for s in stages]
+    assert named in (["1-distill"], ["1-distill", "2-distill"], ["1-align", "2-distill", "3-finetune"])
     limit = {"mistral-7b": 24, "llama-3.2-1b": 16}.get(recipe.stem)
     assert limit is None or max(s["memory_bytes"] for s in stages) < 0.9 * limit * 2**30  # as the recipe says
