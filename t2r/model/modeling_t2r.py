@@ -32,7 +32,7 @@ from .graphs import NotCapturable, graphed, takes_graph
 from .heads import HeadGroup, in_order, of_group
 from .packed import attend_by_document, attends_by_document
 from .positions import Positions
-from .routing import Router, routed_schedule
+from .routing import Router, routed_schedule, straight_through
 from .starts import STARTS, gate_of, slot_schedule
 from .window import Tokens, joined, window_attention
 
@@ -196,15 +196,20 @@ class T2RAttention(nn.Module):
 
         A routed layer chooses slots by what they hold. Arguments as for `forward`; `past` is what slots held before.
         """
+        importance = self.router(hidden_states) if self.start.routed else None  # [B, T, H]
         if self.start.routed:
             before = [group.held for group in past]
-            taken = routed_schedule(self.router(hidden_states), positions, self.config, self.groups, before)
+            taken = routed_schedule(importance, positions, self.config, self.groups, before)
         else:
             taken = [(slots[n].unsqueeze(-1).expand(-1, -1, len(heads)), None) for n, heads in self.groups]
         sizes = [group.num_slots * len(group.heads) for group in self.groups]
         logits = self.f_proj(hidden_states).split(sizes, -1)
         for group, x, (slot, held) in zip(self.groups, logits, taken, strict=True):
-            yield group, x.unflatten(-1, (-1, group.num_slots)), slot, held
+            x = x.unflatten(-1, (-1, group.num_slots))
+            if importance is not None and importance.requires_grad and not past:
+                of_heads = of_group(importance, group, importance.shape[2])
+                x = x + straight_through(x, of_heads, slot, positions, self.config)
+            yield group, x, slot, held
 
     def _softmax(self, q, k, v, positions, rope, attention_mask, past_key_values, **kwargs) -> Tensor:
         q, k = self.rotate(q, k, *rope)

@@ -1,6 +1,6 @@
 """What trains: LoRA on the source's projections and in full the parameters that conversion added, or everything."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import peft
@@ -9,14 +9,33 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from t2r.model import T2RConfig, T2RForCausalLM, new_parameters
+from t2r.model import T2RForCausalLM, new_parameters
+from t2r.model.routing import Router
 from t2r.training.config import LoraConfig, OptimConfig, StageConfig
 from t2r.training.lora import fuse_lora
 
+ROUTER = "router"
 
-def added_modules(config: T2RConfig) -> list[str]:
-    """Names of the modules that conversion added to an attention layer."""
-    return sorted({name.split(".")[0] for name in new_parameters(config)})
+
+def added_modules(model: T2RForCausalLM | PeftModel) -> list[str]:
+    """Names of the modules of an attention layer that conversion added and that may train."""
+    added = {name.split(".")[0] for name in new_parameters(model.config)}
+    return sorted(added | {ROUTER} if any(f".{ROUTER}." in name for name, _ in model.named_parameters()) else added)
+
+
+def let_routers_train(model: T2RForCausalLM, stages: Iterable[StageConfig]) -> None:
+    """Make routers parameters, if a stage gives them a learning rate.
+
+    Raises:
+        ValueError: one does, and the model has no routers.
+    """
+    if not any(stage.optim.router_lr for stage in stages):
+        return
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    if not routers:
+        raise ValueError(f"optim.router_lr: the model has no routers (start {model.config.start!r}); leave it out")
+    for router in routers:
+        router.let_train()
 
 
 def check_converted(model: T2RForCausalLM) -> None:
@@ -36,13 +55,14 @@ def add_adapters(model: T2RForCausalLM, lora: LoraConfig) -> PeftModel:
     # Not the head: the teacher speaks through it too. Not what trains in full already.
     layers = model.model.layers.named_modules()
     linear = {name.split(".")[-1] for name, module in layers if isinstance(module, nn.Linear)}
-    linear -= set(added_modules(model.config))
+    added = added_modules(model)
+    linear -= set(added)
     unknown = sorted(set(lora.targets) - linear)
     if unknown:
         raise ValueError(
             f"lora.targets: {', '.join(unknown)} cannot have adapters; choose from {', '.join(sorted(linear))}"
         )
-    wrapped = peft.get_peft_model(model, _peft_config(lora, added_modules(model.config)))
+    wrapped = peft.get_peft_model(model, _peft_config(lora, added))
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -91,26 +111,29 @@ def switched(adapters: list[nn.Module], on: bool) -> Iterator[None]:
 
 def select_trained(model: T2RForCausalLM | PeftModel, stage: StageConfig) -> None:
     """Let train what a stage trains: all, adapters and added parameters, or these alone; to align, those of attention.
+    Routers only train where they have a learning rate.
 
     Without adapters around the model, all that `trains: gates` does not exclude trains.
     """
-    added, converted = added_modules(model.config), model.config.slot_layers
+    added, converted = added_modules(model), model.config.slot_layers
     adapted = isinstance(model, PeftModel)
     for name, parameter in model.named_parameters():
         is_added = any(f".{module}{'.modules_to_save' if adapted else ''}." in name for module in added)
         wanted = is_added or (stage.trains != "gates" and ("lora_" in name or not adapted))
         aligned = not stage.loss.align or any(f".layers.{i}.self_attn." in f".{name}" for i in converted)
-        parameter.requires_grad_(wanted and aligned)
+        routes = f".{ROUTER}." not in name or stage.optim.router_lr > 0
+        parameter.requires_grad_(wanted and aligned and routes)
 
 
 def parameter_groups(model: T2RForCausalLM | PeftModel, optim: OptimConfig) -> list[dict]:
-    """Adapters (or the source's weights) and added parameters, each with its learning rate."""
-    added = added_modules(model.config)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    gates = [p for name, p in trained if any(f".{module}." in name for module in added)]
-    rest = [p for name, p in trained if not any(f".{module}." in name for module in added)]
-    groups = [
-        {"params": rest, "lr": optim.lr, "weight_decay": optim.weight_decay},
-        {"params": gates, "lr": optim.gate_lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    """Adapters (or the source's weights), added parameters and routers, each with its learning rate."""
+    added = [f".{module}." for module in added_modules(model)]
+    rates = {"weights": optim.lr, "gates": optim.gate_lr, ROUTER: optim.router_lr}
+    groups = {kind: {"params": [], "lr": rate, "weight_decay": 0.0} for kind, rate in rates.items()}
+    groups["weights"]["weight_decay"] = optim.weight_decay
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_added = any(module in name for module in added)
+            kind = ROUTER if f".{ROUTER}." in name else "gates" if is_added else "weights"
+            groups[kind]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]

@@ -100,11 +100,14 @@ class OptimConfig:
         warmup_steps: optimizer steps of linear warm-up.
         weight_decay: on what `lr` is for; the added parameters have none.
         max_grad_norm: gradients are clipped to this norm.
+        router_lr: peak learning rate of the routers, which say what slots are taken over (routed start); 0 leaves them
+            as they were fitted. They have no weight decay.
         eps: keeps steps small where gradients are smaller than it: lower than 1e-8 for gates that hold firmly.
     """
 
     lr: float = 1e-3
     gate_lr: float = 1e-2
+    router_lr: float = 0.0
     schedule: str = "cosine"
     warmup_steps: int = 0
     weight_decay: float = 0.0

@@ -11,13 +11,13 @@ from transformers import AutoConfig
 
 from t2r.evaluation.loading import UNLOADABLE, locate
 from t2r.model import HYBRID_ATTENTION, SLOT_ATTENTION, T2RConfig, T2RForCausalLM
-from t2r.training.adapters import add_adapters, added_modules, select_trained
+from t2r.training.adapters import add_adapters, added_modules, let_routers_train, select_trained
 from t2r.training.config import StageConfig, TrainConfig
 from t2r.training.documents import is_local, sources_of
 from t2r.training.flops import matrix_parameters
 from t2r.training.fused import wants_liger
 from t2r.training.objective import tokens_at_once
-from t2r.training.recipe import dtype_of
+from t2r.training.recipe import dtype_of, stages_of
 from t2r.training.sharded import launched_sharded
 from t2r.training.stages import Stage, plan_stages
 from t2r.training.teachers import describe_teacher, needs_separate_teacher
@@ -106,6 +106,7 @@ def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = Non
     network = _configuration(config.model)
     with torch.device("meta"):
         model = T2RForCausalLM(network)
+        let_routers_train(model, stages_of(config))
         own = sum(p.numel() for p in model.parameters())
         model = model if needs_separate_teacher(config) else add_adapters(model, config.lora)
     for parameter in model.parameters():
@@ -144,7 +145,7 @@ def disk_needed(config: TrainConfig, model: T2RForCausalLM | PeftModel, stages: 
     for stage in stages:
         select_trained(model, stage.config)
         largest = max(largest, sum(p.numel() for p in model.parameters() if p.requires_grad))
-    added = (f".{module}." for module in added_modules(model.config))
+    added = (f".{module}." for module in added_modules(model))
     parts = ("lora_", *added) if isinstance(model, PeftModel) else ("",)
     kept = sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in parts))
     each = 4 * kept + (12 if sharded else 8) * largest

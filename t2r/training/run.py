@@ -14,7 +14,7 @@ from transformers.trainer_utils import set_seed
 
 from t2r.evaluation import load_model, load_tokenizer, read_text
 from t2r.model import T2RForCausalLM
-from t2r.training.adapters import add_adapters, base_of, check_converted
+from t2r.training.adapters import add_adapters, base_of, check_converted, let_routers_train
 from t2r.training.config import TrainConfig
 from t2r.training.data import PackedRows, tokenise
 from t2r.training.evaluator import EvaluateEvery, Evaluator
@@ -23,7 +23,7 @@ from t2r.training.folder import begin_folder, check_folder, is_finished
 from t2r.training.fused import compile_layers, use_liger, wants_liger
 from t2r.training.graphs import wants_graphs
 from t2r.training.plan import Plan, disk_needed, plan_run
-from t2r.training.recipe import dtype_of, load_config
+from t2r.training.recipe import dtype_of, load_config, stages_of
 from t2r.training.report import write_report
 from t2r.training.sharded import check_shards, check_zero3, is_sharded, launched_sharded, whole_state
 from t2r.training.stages import (
@@ -186,11 +186,12 @@ def _student_and_teacher(config: TrainConfig, dtype: str, device: str) -> tuple[
             )
         return model
 
+    model = load("float32" if needs_separate_teacher(config) else dtype)
+    let_routers_train(model, stages_of(config))
     if needs_separate_teacher(config):
-        model = load("float32")
         check_converted(model)
         return model, SeparateTeacher(load(dtype, config.teacher_bits))
-    return add_adapters(load(dtype), config.lora), OwnTeacher()
+    return add_adapters(model, config.lora), OwnTeacher()
 
 
 def _through_stages(

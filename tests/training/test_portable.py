@@ -26,7 +26,7 @@ def work(tmp_path_factory):
     teacher().to(torch.bfloat16).save_pretrained(folder / "base")
     save_tokenizer(folder / "base")
     shutil.copyfile(folder / "model" / "generation_config.json", folder / "base" / "generation_config.json")
-    run(config, ["lora.options={use_rslora: true}"])
+    run(config, ["lora.options={use_rslora: true}", "optim.router_lr=0.01"])
     merge(folder / "run", folder / "merged")
     return folder
 
