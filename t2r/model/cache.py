@@ -137,6 +137,11 @@ class T2RCache(Cache):
         super().__init__(layers=[make[kind]() for kind in self.layer_types])
         self.graph = None  # of decoding steps, see `graphs`
 
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.graph = None
+
     def tensors(self) -> list[Tensor]:
         """What all slots hold, layer after layer."""
         layers = (layer for layer in self.layers if isinstance(layer, SlotCacheLayer))

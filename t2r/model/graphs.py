@@ -4,6 +4,7 @@ A state that never grows makes every step the same work on the same tensors. So 
 other, the second is captured, and from then on steps are replayed.
 """
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -16,19 +17,41 @@ from .cache import SlotCacheLayer, T2RCache
 Step = Callable[..., Tensor]
 """From a step's inputs to its output; it leaves the cache as the step does."""
 
+CAPTURING = threading.Lock()  # torch captures one graph at a time
+
+
+class NotCapturable(RuntimeError):
+    """A step cannot be recorded."""
+
 
 class StepGraph:
-    """The steps on one cache. Weights must stay where they are as long as it is in use.
+    """The steps on one cache.
 
     Args:
+        network: whose step it is.
         inputs: of the first step. Those of all others have the same shapes and dtypes.
     """
 
-    def __init__(self, inputs: list[Tensor]):
+    def __init__(self, network: nn.Module, inputs: list[Tensor]):
         self.inputs, self.inference = [x.clone() for x in inputs], torch.is_inference_mode_enabled()
         self.state: list[Tensor] | None = None  # what steps begin with and leave; None before the first
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.captured: torch.cuda.CUDAGraph | None = None
         self.output: Tensor | None = None
+        self.modules = list(network.modules())
+        self.weights = [*network.parameters(), *network.buffers()]
+        self.adapters = [module for module in self.modules if hasattr(module, "_disable_adapters")]  # PEFT's
+        self.setting = self._setting()
+        # Elsewhere, or moved there as they are wanted (accelerate); quantised ones may wait for the device.
+        self.goes = not any(hasattr(module, "_hf_hook") for module in self.modules) and all(
+            x.device == inputs[0].device and x.is_floating_point() for x in self.weights
+        )
+
+    def _setting(self) -> list:
+        """What steps depend on beside their inputs: where weights are, and which adapters are on."""
+        adapters = (
+            (x._disable_adapters, str(x._active_adapter), str(getattr(x, "merged_adapters", ""))) for x in self.adapters
+        )
+        return [x.data_ptr() for x in self.weights] + list(adapters)
 
     def fits(self, inputs: list[Tensor], state: list[Tensor]) -> bool:
         """Whether a step is like those before."""
@@ -36,6 +59,7 @@ class StepGraph:
             self.inference == torch.is_inference_mode_enabled()
             and _alike(inputs, self.inputs)
             and (self.state is None or _alike(state, self.state))
+            and self.setting == self._setting()
         )
 
     def run(self, step: Step, inputs: list[Tensor], cache: T2RCache) -> Tensor:
@@ -49,29 +73,31 @@ class StepGraph:
             output = step(*self.inputs)
             self.state = cache.tensors()
             return output
-        if self.graph is None:
+        if self.captured is None:
             self.state = cache.tensors()
             self._capture(step, cache)
         else:
             self._take_up(cache)
-        self.graph.replay()
+        self.captured.replay()
         cache.count(1)
         return self.output.clone()
 
     def _capture(self, step: Step, cache: T2RCache) -> None:
         """Record a step, which does not run it."""
         before = [(layer, layer.groups, layer.cumulative_length) for layer in cache.layers]
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.output = step(*self.inputs)
                 _copy_changed(self.state, cache.tensors())
         except RuntimeError as error:
-            raise NotCapturable(" ".join(str(error).split())) from error
+            reason = error.__context__ or error  # that the capture has failed is what torch says last
+            raise NotCapturable(" ".join(str(reason).split())) from error
         finally:
+            torch.cuda.set_stream(stream)  # a capture that fails stays on its own
             for layer, groups, length in before:
                 layer.groups, layer.cumulative_length = groups, length
-        self.graph = graph
+        self.captured = graph
 
     def _take_up(self, cache: T2RCache) -> None:
         """Go on from what the cache holds, if that is not what the last step left: beams changed places, say."""
@@ -84,28 +110,36 @@ class StepGraph:
         return type(None), ()  # a copy of its cache is captured anew
 
 
-class NotCapturable(RuntimeError):
-    """A step cannot be recorded."""
+def graphed(network: nn.Module, step: Step, inputs: list[Tensor], cache: T2RCache) -> Tensor:
+    """Run a step, as a CUDA graph from the second of its kind on; as it is where somebody looks in.
 
-
-def graphed(step: Step, inputs: list[Tensor], cache: T2RCache) -> Tensor:
-    """Run a step, as a CUDA graph from the second of its kind on.
+    Args:
+        network: whose step it is.
+        step: reads `inputs`, and the cache.
+        inputs: tensors on the current device.
+        cache: whose layers all hold slots.
 
     Raises:
-        NotCapturable: it cannot be captured. The cache is then as it was.
+        NotCapturable: it cannot be captured. The cache is then as it was, without a graph.
     """
     if cache.graph is None or not cache.graph.fits(inputs, cache.tensors()):
-        cache.graph = StepGraph(inputs)
-    return cache.graph.run(step, inputs, cache)
+        cache.graph = StepGraph(network, inputs)
+    if not cache.graph.goes or any(map(_is_watched, cache.graph.modules)):
+        return step(*inputs)
+    try:
+        return cache.graph.run(step, inputs, cache)
+    except NotCapturable:
+        cache.graph = None
+        raise
 
 
-def takes_graph(layers: nn.ModuleList, cache: T2RCache | None, hidden_states: Tensor, options: dict) -> bool:
-    """Whether a pass may be a graph's: a step without gradients on one GPU, all layers with slots, nobody looking in.
+def takes_graph(head_dim: int, cache: T2RCache | None, hidden_states: Tensor, options: dict) -> bool:
+    """Whether a pass may be a graph's: a step without gradients on the current GPU, all layers with slots.
 
     Autocast is left out, since the weights that it casts are freed with it.
 
     Args:
-        layers: of the model.
+        head_dim: of the model.
         cache: of the pass.
         hidden_states: what layers read, `[B, T, hidden]`.
         options: what the caller has given beside.
@@ -114,19 +148,20 @@ def takes_graph(layers: nn.ModuleList, cache: T2RCache | None, hidden_states: Te
         return False
     if torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return False
+    if hidden_states.device.index != torch.cuda.current_device() or torch.nn.modules.module._has_any_global_hook():
+        return False
     if any(option is not None and option is not False for option in options.values()):
         return False
-    if not all(isinstance(layer, SlotCacheLayer) and layer.groups for layer in cache.layers):
-        return False
-    if not takes_triton(layers[0].self_attn.head_dim):  # plain PyTorch waits for the device
-        return False
-    return (cache.graph is not None and cache.graph.graph is not None) or not _watched(layers, hidden_states.device)
+    slots = all(isinstance(layer, SlotCacheLayer) and layer.groups for layer in cache.layers)
+    return slots and takes_triton(head_dim)  # plain PyTorch waits for the device
 
 
-def _watched(layers: nn.ModuleList, device: torch.device) -> bool:
-    """Whether modules have hooks, somebody's or accelerate's, or are elsewhere."""
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in layers.modules())
-    return hooked or any(parameter.device != device for parameter in layers.parameters())
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a module has hooks, but for those by which transformers collects hidden states when asked to."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
+    collects = all("output_capturing_hook" in getattr(x, "__qualname__", "") for x in module._forward_hooks.values())
+    return bool(module._forward_pre_hooks) or not collects
 
 
 def _copy_changed(old: list[Tensor], new: list[Tensor]) -> bool:

@@ -358,13 +358,16 @@ class T2RModel(T2RPreTrainedModel):
             past_key_values = T2RCache(self.config, self.layer_kinds)
         masks = self._softmax_masks(hidden_states, attention_mask, positions, past_key_values)
         rope = self.rotary_emb(hidden_states, position_ids=positions.ids)
-        if self.cuda_graphs and takes_graph(self.layers, past_key_values, hidden_states, kwargs):
+        options = {"output_hidden_states": self.config.output_hidden_states} | kwargs
+        if self.cuda_graphs and takes_graph(self.config.head_dim, past_key_values, hidden_states, options):
             try:
                 last = self._step(hidden_states, positions, rope, past_key_values)
                 return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
             except NotCapturable as error:
                 self.cuda_graphs = False
                 logger.warning(f"decoding goes on without CUDA graphs: {error}")
+        elif past_key_values is not None:
+            past_key_values.graph = None  # whatever else changes between a prompt and the next is seen
         last = self._through_layers(hidden_states, positions, rope, past_key_values, masks, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
 
@@ -377,7 +380,7 @@ class T2RModel(T2RPreTrainedModel):
             return self._through_layers(hidden_states, Positions(ids, offset, padding), (cos, sin), cache, {})
 
         padding = [] if positions.padding is None else [positions.padding]
-        return graphed(step, [hidden_states, *rope, positions.ids, positions.offset, *padding], cache)
+        return graphed(self, step, [hidden_states, *rope, positions.ids, positions.offset, *padding], cache)
 
     def _through_layers(
         self,

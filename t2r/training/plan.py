@@ -23,6 +23,7 @@ from t2r.training.stages import Stage, plan_stages
 from t2r.training.teachers import describe_teacher, needs_separate_teacher
 
 TRAINED_BYTES = 16  # fp32: the parameter, its gradient and AdamW's two moments
+ROUTED_BYTES = 17  # a gate, for routers that train: what was written where, its strength and the gate's slope
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,8 @@ def _activations(
 ) -> tuple[int, int]:
     """Bytes that a forward pass keeps for the backward pass, and that the loss takes beside them."""
     n, half = stage.batch_size * stage.sequence_length, 2 if dtype == "bfloat16" else 4
-    layers = [saved_bytes(network, layer, half, liger) for layer in range(network.num_hidden_layers)]
+    routers = stage.optim.router_lr > 0
+    layers = [saved_bytes(network, layer, half, liger, routers) for layer in range(network.num_hidden_layers)]
     logits = tokens_at_once(network.vocab_size) * network.vocab_size * 4 * (6 if stage.loss.distill else 4)
     states = n * network.hidden_size * (half + 4) * 2
     if stage.loss.align:
@@ -201,7 +203,7 @@ def _activations(
     return n * sum(layers), logits + states
 
 
-def saved_bytes(network: T2RConfig, layer: int, half: int, liger: bool = False) -> int:
+def saved_bytes(network: T2RConfig, layer: int, half: int, liger: bool = False, routers: bool = False) -> int:
     """Bytes a token that one decoder layer keeps for the backward pass, with adapters on all its projections.
 
     Args:
@@ -209,6 +211,7 @@ def saved_bytes(network: T2RConfig, layer: int, half: int, liger: bool = False) 
         layer: its number.
         half: bytes of a number in the dtype that the layers compute in.
         liger: whether liger-kernel computes norms and SwiGLU.
+        routers: whether routers train.
     """
     hidden, inner, kind = network.hidden_size, network.intermediate_size, network.layer_types[layer]
     queries = network.num_attention_heads * network.head_dim
@@ -216,7 +219,7 @@ def saved_bytes(network: T2RConfig, layer: int, half: int, liger: bool = False) 
     norms = 2 * hidden * (half if liger else 4)  # by themselves they compute in fp32
     attention = half * (hidden + 2 * queries + 2 * keys)  # projections' input, q, k, v, and o_proj's input
     if kind in SLOT_ATTENTION:
-        attention += half * sum(network.slots_of(layer))
+        attention += (half + ROUTED_BYTES * routers) * sum(network.slots_of(layer))
     if kind == HYBRID_ATTENTION:  # in fp32: logits and softmax, queries and outputs; keys and values, twice
         window = 2 * network.hybrid_window  # keys that a block of queries meets
         attention += 4 * (2 * network.num_attention_heads * window + 2 * queries + 4 * keys)

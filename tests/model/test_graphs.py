@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from t2r.model import T2RCache, graphs, modeling_t2r
-from tests.model.tiny import shake, student, tokens
+from tests.model.tiny import shake, student, teacher, tokens
 
 MODELS = {
     "window": {},
@@ -34,7 +35,7 @@ def replayed(self, step, cache):
         for layer, groups, length in zip(cache.layers, held, lengths, strict=True):
             layer.groups, layer.cumulative_length = groups, length
 
-    self.graph = SimpleNamespace(replay=replay)
+    self.captured = SimpleNamespace(replay=replay)
 
 
 @pytest.fixture(params=["as on a GPU", pytest.param("on a GPU", marks=pytest.mark.gpu)])
@@ -42,8 +43,9 @@ def device(request, monkeypatch):
     if request.param == "on a GPU":
         return "cuda"
 
-    def takes(layers, cache, hidden_states, options):
-        return cache is not None and hidden_states.shape[1] == 1 and bool(cache.layers[0].groups)
+    def takes(head_dim, cache, hidden_states, options):
+        step = cache is not None and hidden_states.shape[1] == 1 and bool(cache.layers[0].groups)
+        return step and not any(options.values())
 
     monkeypatch.setattr(graphs.StepGraph, "_capture", replayed)
     monkeypatch.setattr(modeling_t2r, "takes_graph", takes)
@@ -120,32 +122,84 @@ def test_a_cache_is_taken_up_wherever_it_is_left(model):
 def test_steps_are_replayed(model, monkeypatch):
     calls, through = [], model.model._through_layers
     monkeypatch.setattr(model.model, "_through_layers", lambda *a, **k: calls.append(1) or through(*a, **k))
-    if model.device.type == "cpu":
-        pytest.skip("there, steps run anew")
-    x = tokens(1, 40).to(model.device)
-    step_by_step(model, x, T2RCache(model.config))
-    assert len(calls) == 3  # the empty cache's first, a first step, a capture
+    cache = T2RCache(model.config)
+    step_by_step(model, tokens(1, 3).to(model.device), cache)
+    first = cache.graph
+    step_by_step(model, tokens(1, 40).to(model.device), cache)
+    assert cache.graph is first
+    assert first.captured is not None
+    if model.device.type == "cuda":
+        assert len(calls) == 3  # into the empty cache, a first step, a capture
 
 
-@pytest.mark.gpu
 @torch.no_grad()
-def test_who_looks_in_sees_every_step():
-    model, seen = shake(student(start="routed")).cuda(), []
-    x, cache = tokens(1, 20).cuda(), T2RCache(model.config)
+def test_what_steps_depend_on_is_looked_at(model):
+    """Each change makes another graph, and what comes out is what comes out without."""
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    x, cache = tokens(2, 60).to(model.device), T2RCache(model.config)
+    changes = {
+        "nothing": lambda: None,
+        "an adapter is off": lambda: wrapped.base_model.disable_adapter_layers(),
+        "on": lambda: wrapped.base_model.enable_adapter_layers(),
+        "merged": lambda: wrapped.merge_adapter(),
+        "not merged": lambda: wrapped.unmerge_adapter(),
+        "weights elsewhere": lambda: [p.set_(p.clone()) for p in model.parameters()],
+        "nothing again": lambda: None,
+    }
     model(x[:, :9], past_key_values=cache, use_cache=True)
-    hook = model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
-    step_by_step(model, x[:, 9:], cache)
+    graph, start = None, 9
+    for change, make in changes.items():
+        make()
+        part = x[:, start : start + 4]
+        expected = without(model, lambda part=part: step_by_step(model, part, copy.deepcopy(cache)))
+        torch.testing.assert_close(step_by_step(model, part, cache), expected, rtol=0, atol=0)
+        assert (cache.graph is graph) == change.startswith("nothing a"), change
+        assert cache.graph.captured is not None
+        graph, start = cache.graph, start + 4
+
+
+@torch.no_grad()
+def test_another_model_on_a_cache_that_was_reset(model):
+    other = shake(student(teacher(seed=5), **MODELS["window"] | model.config.to_diff_dict())).to(model.device)
+    x, cache = tokens(1, 30).to(model.device), T2RCache(model.config)
+    step_by_step(model, x, cache)
+    cache.reset()
+    assert cache.graph is None
+    expected = without(other, lambda: step_by_step(other, x, T2RCache(model.config)))
+    torch.testing.assert_close(step_by_step(other, x, cache), expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["layer", "norm", "before"])
+def test_who_looks_in_sees_every_step(model, where):
+    seen, cache, x = [], T2RCache(model.config), tokens(1, 30).to(model.device)
+    module = model.model.norm if where == "norm" else model.model.layers[1]
+    register = module.register_forward_pre_hook if where == "before" else module.register_forward_hook
+    step_by_step(model, x[:, :9], cache)
+    hook = register(lambda *_: seen.append(1))
+    step_by_step(model, x[:, 9:20], cache)
     assert len(seen) == 11
     hook.remove()
     states = model(x[:, :1], past_key_values=cache, use_cache=True, output_hidden_states=True).hidden_states
     assert len(states) == model.config.num_hidden_layers + 1
+    step_by_step(model, x[:, 20:], cache)  # the hooks that this leaves behind change nothing
+    assert cache.graph.captured is not None
+
+
+@torch.no_grad()
+def test_hidden_states_that_the_configuration_asks_for(model):
+    cache, x = T2RCache(model.config), tokens(1, 9).to(model.device)
+    step_by_step(model, x, cache)
+    model.config.output_hidden_states = True
+    found = model(x[:, :1], past_key_values=cache, use_cache=True).hidden_states
+    assert len(found) == model.config.num_hidden_layers + 1
 
 
 @pytest.mark.gpu
 @torch.no_grad()
 def test_what_cannot_be_captured_is_decoded_all_the_same(monkeypatch):
     model = shake(student(start="routed")).cuda()
-    x = tokens(1, 20).cuda()
+    x, stream = tokens(1, 20).cuda(), torch.cuda.current_stream()
     expected = without(model, lambda: step_by_step(model, x, T2RCache(model.config)))
     forward = modeling_t2r.T2RDecoderLayer.forward
 
@@ -156,16 +210,45 @@ def test_what_cannot_be_captured_is_decoded_all_the_same(monkeypatch):
     monkeypatch.setattr(modeling_t2r.T2RDecoderLayer, "forward", waits)
     torch.testing.assert_close(step_by_step(model, x, T2RCache(model.config)), expected, rtol=0, atol=0)
     assert not model.model.cuda_graphs
+    assert torch.cuda.current_stream() == stream
 
 
-def test_a_graph_stays_with_its_cache():
-    graph = graphs.StepGraph([torch.zeros(1)])
-    assert copy.deepcopy(graph) is None
-    assert pickle.loads(pickle.dumps(graph)) is None
+@pytest.mark.gpu
+@torch.no_grad()
+def test_on_another_gpu_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    model = shake(student(start="routed")).to("cuda:1")
+    x, cache = tokens(1, 20).to("cuda:1"), T2RCache(model.config)
+    expected = without(model, lambda: step_by_step(model, x, T2RCache(model.config)))
+    torch.testing.assert_close(step_by_step(model, x, cache), expected, rtol=0, atol=0)
+    assert cache.graph is None
+
+
+def test_weights_that_are_quantised_or_moved_as_they_are_wanted_go_without():
+    model, inputs = student(), [torch.zeros(1)]
+    assert graphs.StepGraph(model.model, inputs).goes
+    model.model.layers[1]._hf_hook = object()
+    assert not graphs.StepGraph(model.model, inputs).goes
+    model = student()
+    model.model.layers[1].mlp.register_buffer("quantised", torch.zeros(2, dtype=torch.int8))
+    assert not graphs.StepGraph(model.model, inputs).goes
+    model = student()
+    model.model.norm.to("meta")
+    assert not graphs.StepGraph(model.model, inputs).goes
+
+
+@torch.no_grad()
+def test_a_graph_stays_with_its_cache(model):
+    cache = T2RCache(model.config)
+    step_by_step(model, tokens(1, 5).to(model.device), cache)
+    assert cache.graph.captured is not None
+    assert copy.deepcopy(cache).graph is None
+    assert pickle.loads(pickle.dumps(cache.graph)) is None
 
 
 def test_no_graph_on_a_cpu():
     model = student()
     cache = model(tokens(1, 5), use_cache=True).past_key_values
     with torch.no_grad():
-        assert not graphs.takes_graph(model.model.layers, cache, torch.zeros(1, 1, 48), {})
+        assert not graphs.takes_graph(8, cache, torch.zeros(1, 1, 48), {})

@@ -11,8 +11,8 @@ import t2r.training.plan
 from t2r.cli.main import app
 from t2r.model import T2RConfig, T2RForCausalLM
 from t2r.training import load_config, plan_run, run
-from t2r.training.adapters import add_adapters, select_trained
-from t2r.training.config import DataConfig, LoraConfig, StageConfig, TrainConfig
+from t2r.training.adapters import add_adapters, let_routers_train, select_trained
+from t2r.training.config import DataConfig, LoraConfig, OptimConfig, StageConfig, TrainConfig
 from t2r.training.plan import saved_bytes
 from tests.training.tiny import workspace
 
@@ -54,16 +54,18 @@ def saved_for_backward(model, x):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def kept_by_a_layer(kind):
+def kept_by_a_layer(kind, routers=False, **more):
     """Bytes a token that a layer keeps, measured; and the model's configuration."""
     sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
 
     def kept(layers):
         kinds = ["linear_attention", *[kind] * (layers - 1)]
-        options = {"num_hidden_layers": layers, "layer_types": kinds, "hybrid_window": 32}
+        options = {"num_hidden_layers": layers, "layer_types": kinds, "hybrid_window": 32} | more
         network = T2RConfig(**sizes, **options, head_dim=32, vocab_size=64)
-        model = add_adapters(T2RForCausalLM(network), LoraConfig(r=2))
-        select_trained(model, StageConfig())
+        model, stage = T2RForCausalLM(network), StageConfig(optim=OptimConfig(router_lr=float(routers)))
+        let_routers_train(model, [stage])
+        model = add_adapters(model, LoraConfig(r=2))
+        select_trained(model, stage)
         return saved_for_backward(model, torch.zeros(1, 256, dtype=torch.long)), network
 
     (few, _), (many, network) = kept(2), kept(4)
@@ -83,6 +85,13 @@ def test_what_a_window_keeps_beside_the_slots():
     (with_window, network), (without, _) = map(kept_by_a_layer, ("hybrid_sliding", "linear_attention"))
     expected = saved_bytes(network, 3, 4) - saved_bytes(network, 0, 4)
     assert expected == pytest.approx(with_window - without, rel=0.2)
+
+
+def test_what_routers_that_train_keep():
+    (learning, network), (fitted, _) = (kept_by_a_layer("linear_attention", x, start="routed") for x in (True, False))
+    expected = saved_bytes(network, 3, 4, routers=True) - saved_bytes(network, 3, 4)
+    print("MEASURED", (learning - fitted) / sum(network.slots_of(3)))
+    assert expected == pytest.approx(learning - fitted, rel=0.2)
 
 
 def test_command(config, tmp_path):
