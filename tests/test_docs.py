@@ -61,7 +61,7 @@ SHAPES = {  # of the models that the recipes are for
 def test_recipes_can_be_planned(recipe, tmp_path):
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     names += ("vocab_size", "num_hidden_layers", "tie_word_embeddings")
-    T2RConfig(**dict(zip(names, SHAPES[recipe.stem], strict=True))).save_pretrained(tmp_path)
+    T2RConfig(**dict(zip(names, SHAPES[recipe.stem], strict=True)), start="routed").save_pretrained(tmp_path)
     plan = plan_run(load_config(recipe, [f"model={tmp_path}"]), on_cuda=True)
     stages = plan.as_dict()["stages"]
     named = [s["stage"] for s in stages]
