@@ -99,9 +99,9 @@ def run(*words: object) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-def _both(key: str, ours: dict, softmax: dict, unit: int = 1) -> dict[str, float]:
+def _both(key: str, ours: dict, softmax: dict, divisor: int = 1) -> dict[str, float]:
     """A figure of the converted model, and of the one that it was made of."""
-    return {"ours": ours[key] / unit, "softmax": softmax[key] / unit}
+    return {"ours": ours[key] / divisor, "softmax": softmax[key] / divisor}
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ CAPTURING = threading.Lock()  # torch captures one graph at a time
 
 
 class NotCapturable(RuntimeError):
-    """A step cannot be recorded."""
+    """What runs cannot be captured as a CUDA graph: it waits for the device, say, or the graph would not fit."""
 
 
 class StepGraph:
@@ -62,8 +62,8 @@ class StepGraph:
             and self.setting == self._setting()
         )
 
-    def run(self, step: Step, inputs: list[Tensor], cache: T2RCache) -> Tensor:
-        """Run a step.
+    def run(self, step: Step, inputs: list[Tensor], cache: T2RCache, state: list[Tensor]) -> Tensor:
+        """Run a step; `state` is what the cache holds.
 
         Raises:
             NotCapturable: it cannot be captured. The cache is then as it was.
@@ -74,10 +74,10 @@ class StepGraph:
             self.state = cache.tensors()
             return output
         if self.captured is None:
-            self.state = cache.tensors()
+            self.state = state
             self._capture(step, cache)
         else:
-            self._take_up(cache)
+            self._take_up(cache, state)
         self.captured.replay()
         cache.count(1)
         return self.output.clone()
@@ -99,9 +99,9 @@ class StepGraph:
                 layer.groups, layer.cumulative_length = groups, length
         self.captured = graph
 
-    def _take_up(self, cache: T2RCache) -> None:
+    def _take_up(self, cache: T2RCache, state: list[Tensor]) -> None:
         """Go on from what the cache holds, if that is not what the last step left: beams changed places, say."""
-        if _copy_changed(self.state, cache.tensors()):
+        if _copy_changed(self.state, state):
             left = iter(self.state)
             for layer in cache.layers:
                 layer.groups = [slots.each(lambda _: next(left)) for slots in layer.groups]
@@ -122,12 +122,13 @@ def graphed(network: nn.Module, step: Step, inputs: list[Tensor], cache: T2RCach
     Raises:
         NotCapturable: it cannot be captured. The cache is then as it was, without a graph.
     """
-    if cache.graph is None or not cache.graph.fits(inputs, cache.tensors()):
+    state = cache.tensors()
+    if cache.graph is None or not cache.graph.fits(inputs, state):
         cache.graph = StepGraph(network, inputs)
     if not cache.graph.goes or any(map(_is_watched, cache.graph.modules)):
         return step(*inputs)
     try:
-        return cache.graph.run(step, inputs, cache)
+        return cache.graph.run(step, inputs, cache, state)
     except NotCapturable:
         cache.graph = None
         raise

@@ -96,12 +96,12 @@ class OptimConfig:
     Attributes:
         lr: peak learning rate of the adapters, or of the source's weights where everything trains.
         gate_lr: peak learning rate of the parameters that conversion added; they want 5 to 20 times `lr`.
+        router_lr: peak learning rate of the routers, which say what slots are taken over (routed start); 0 leaves them
+            as they were fitted. They have no weight decay.
         schedule: a transformers schedule: cosine, linear, constant_with_warmup, ...
         warmup_steps: optimizer steps of linear warm-up.
         weight_decay: on what `lr` is for; the added parameters have none.
         max_grad_norm: gradients are clipped to this norm.
-        router_lr: peak learning rate of the routers, which say what slots are taken over (routed start); 0 leaves them
-            as they were fitted. They have no weight decay.
         eps: keeps steps small where gradients are smaller than it: lower than 1e-8 for gates that hold firmly.
     """
 

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from t2r.model import T2RConfig
+from t2r.model.graphs import NotCapturable
 from t2r.training.config import TrainConfig
 from t2r_kernels import takes_triton
 
@@ -33,10 +34,6 @@ class Captured:
     inputs: dict[str, Tensor]
     outputs: tuple[Tensor, ...]
     replay: Callable[[], None]
-
-
-class NotCapturable(RuntimeError):
-    """A pass waits for the device, or a CUDA graph of it would not fit beside what else is in memory."""
 
 
 class GraphedPass:

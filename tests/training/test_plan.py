@@ -90,7 +90,6 @@ def test_what_a_window_keeps_beside_the_slots():
 def test_what_routers_that_train_keep():
     (learning, network), (fitted, _) = (kept_by_a_layer("linear_attention", x, start="routed") for x in (True, False))
     expected = saved_bytes(network, 3, 4, routers=True) - saved_bytes(network, 3, 4)
-    print("MEASURED", (learning - fitted) / sum(network.slots_of(3)))
     assert expected == pytest.approx(learning - fitted, rel=0.2)
 
 

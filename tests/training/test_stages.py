@@ -60,7 +60,7 @@ def test_a_plan(config, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("after", [4, 8, 20])  # within stages, and right behind a boundary (6 | 8 | 10)
+@pytest.mark.parametrize("after", [4, 6, 8, 13, 20])  # within each stage, and right behind a boundary (6 | 8 | 10)
 def test_resumed_is_uninterrupted_bit_for_bit(config, tmp_path, monkeypatch, after):
     whole = run(config, [f"output={tmp_path / 'whole'}"])
     assert [(e["stage"], e["step"]) for e in whole["history"]] == [
