@@ -24,7 +24,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from t2r_kernels import Held, gsa, gsa_step
+from t2r_kernels import Held, gsa, gsa_step, straight_through
 
 from .cache import Slots, T2RCache
 from .configuration_t2r import HYBRID_ATTENTION, SLOT_ATTENTION, T2RConfig
@@ -32,7 +32,7 @@ from .graphs import NotCapturable, graphed, takes_graph
 from .heads import HeadGroup, in_order, of_group
 from .packed import attend_by_document, attends_by_document
 from .positions import Positions
-from .routing import Router, routed_schedule, straight_through
+from .routing import TEMPERATURE, Router, routed_schedule
 from .starts import STARTS, gate_of, slot_schedule
 from .window import Tokens, joined, window_attention
 
@@ -208,7 +208,8 @@ class T2RAttention(nn.Module):
             x = x.unflatten(-1, (-1, group.num_slots))
             if importance is not None and importance.requires_grad and not past:
                 of_heads = of_group(importance, group, importance.shape[2])
-                x = x + straight_through(x, of_heads, slot, positions, self.config)
+                about = gate_of(slot, self.config), positions.ids, self.config.num_sinks, TEMPERATURE
+                x = straight_through(x, of_heads, *about)
             yield group, x, slot, held
 
     def _softmax(self, q, k, v, positions, rope, attention_mask, past_key_values, **kwargs) -> Tensor:

@@ -1,15 +1,13 @@
 """Which slot a routed token takes over."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 
 from t2r.model import T2RConfig, new_parameters, new_tensors
 from t2r.model.heads import head_groups, in_order
 from t2r.model.positions import Positions
-from t2r.model.routing import TEMPERATURE, Router, routed_schedule, straight_through
-from t2r_kernels import Gate, evict, gsa
+from t2r.model.routing import Router, routed_schedule
+from t2r_kernels import evict
 from tests.model.tiny import SHAPE, shake, student, tokens
 
 CONFIG = T2RConfig(**SHAPE, start="routed", num_slots=8, num_sinks=2)
@@ -81,56 +79,6 @@ def test_the_state_counts_what_slots_are_worth():
 def test_slots_beyond_sinks(start):
     with pytest.raises(ValueError, match=r"num_sinks must be .* below num_slots"):
         T2RConfig(**SHAPE, start=start, num_slots=4, num_sinks=4)
-
-
-def by_hand(importance, slots, bounds, num_slots, num_sinks):
-    """How strongly each token would be written into each slot, `[T, H, M]`, one document and token after another."""
-    rows = []
-    for begin, end in pairwise(bounds):
-        for head in range(importance.shape[1]):
-            held = {}
-            for t in range(begin, end):
-                row, slot = torch.zeros(num_slots), int(slots[t, head])
-                if t - begin < num_slots:
-                    row[slot] = 1.0
-                else:
-                    rest = sorted(i for i in held if held[i] >= begin + num_sinks)
-                    ages = [torch.tensor(float(t - held[i])).log() - importance[held[i], head] for i in rest]
-                    row = row.index_put((torch.tensor(rest),), (torch.stack(ages) / TEMPERATURE).softmax(0))
-                    assert row.argmax() == slot
-                held[slot] = t
-                rows.append((t, head, row))
-    rows.sort(key=lambda x: x[:2])
-    return torch.stack([row for *_, row in rows]).view(*importance.shape, num_slots)
-
-
-@pytest.mark.parametrize("bounds", [[0, 60], [0, 5, 25, 60]], ids=["one document", "packed"])
-def test_gradients_reach_the_router_as_if_tokens_were_written_by_strengths(bounds):
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    config = T2RConfig(**SHAPE, start="routed", num_slots=8, num_sinks=2, gate_write_logit=3.0, gate_keep_logit=4.0)
-    (q, k, v), logits = (draw(1, 60, 2, 8) for _ in range(3)), draw(1, 60, 2, 8)
-    importance, expected = draw(1, 60, 2).requires_grad_(), draw(1, 60, 2, 8)
-    packed = torch.tensor(bounds)
-    where = positions(1, 60, cu_seqlens=packed)
-    ((slots, _),) = routed_schedule(importance, where, config, config.head_groups(0))
-
-    def loss(**gates):
-        return ((gsa(q, k, v, cu_seqlens=packed, hide_unwritten=True, **gates)[0] - expected) ** 2).sum()
-
-    zeros = straight_through(logits, importance, slots, where, config)
-    assert zeros.shape == logits.shape
-    assert not zeros.any()
-    (ours,) = torch.autograd.grad(loss(g=logits + zeros, gate=Gate(slots, 3.0, 4.0)), importance)
-
-    # By the derivative of the loss by gates as they are, and that of strengths by importance.
-    taken = slots.unsqueeze(-1) == torch.arange(8)
-    alpha = torch.sigmoid(logits + torch.where(taken, -3.0, 4.0)).requires_grad_()
-    (by_gate,) = torch.autograd.grad(loss(g=alpha.log(), s=1 - alpha), alpha)
-    strengths = by_hand(importance[0], slots[0], bounds, 8, 2)
-    (wanted,) = torch.autograd.grad(-(by_gate[0] * strengths).sum(), importance)
-    assert wanted.abs().max() > 0.1
-    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"slots_by_layer": [8, [20, 12], 16]}, {"hybrid_window": 6}])
