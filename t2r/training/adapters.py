@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import peft
 from peft import PeftModel
@@ -9,18 +10,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from t2r.model import T2RForCausalLM, new_parameters
+from t2r.model import T2RConfig, T2RForCausalLM, new_parameters
 from t2r.model.routing import Router
-from t2r.training.config import LoraConfig, OptimConfig, StageConfig
+from t2r.training.config import LoraConfig, OptimConfig, StageConfig, TrainConfig
 from t2r.training.lora import fuse_lora
 
-ROUTER = "router"
+ROUTER, ROUTER_LR = "router", 1.5e-3
 
 
 def added_modules(model: T2RForCausalLM | PeftModel) -> list[str]:
     """Names of the modules of an attention layer that conversion added and that may train."""
     added = {name.split(".")[0] for name in new_parameters(model.config)}
     return sorted(added | {ROUTER} if any(f".{ROUTER}." in name for name, _ in model.named_parameters()) else added)
+
+
+def with_router_lr(config: TrainConfig, network: T2RConfig) -> TrainConfig:
+    """A recipe that says how fast routers learn, where it has left that out: `ROUTER_LR`, or 0 without routers."""
+    rate = ROUTER_LR if network.start == "routed" else 0.0
+    return replace(config, optim=replace(config.optim, router_lr=rate)) if config.optim.router_lr is None else config
 
 
 def let_routers_train(model: T2RForCausalLM, stages: Iterable[StageConfig]) -> None:
@@ -32,7 +39,7 @@ def let_routers_train(model: T2RForCausalLM, stages: Iterable[StageConfig]) -> N
     if not any(stage.optim.router_lr for stage in stages):
         return
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    if not routers:
+    if not routers and model.config.start != "routed":  # else no layer is converted, which is said elsewhere
         raise ValueError(f"optim.router_lr: the model has no routers (start {model.config.start!r}); leave it out")
     for router in routers:
         router.let_train()

@@ -96,8 +96,8 @@ class OptimConfig:
     Attributes:
         lr: peak learning rate of the adapters, or of the source's weights where everything trains.
         gate_lr: peak learning rate of the parameters that conversion added; they want 5 to 20 times `lr`.
-        router_lr: peak learning rate of the routers, which say what slots are taken over (routed start); 0 leaves them
-            as they were fitted. They have no weight decay.
+        router_lr: peak learning rate of the routers, which say what slots are taken over; unset: 1.5e-3 with the
+            routed start, which alone has routers. 0 leaves them as they were fitted. They have no weight decay.
         schedule: a transformers schedule: cosine, linear, constant_with_warmup, ...
         warmup_steps: optimizer steps of linear warm-up.
         weight_decay: on what `lr` is for; the added parameters have none.
@@ -107,7 +107,7 @@ class OptimConfig:
 
     lr: float = 1e-3
     gate_lr: float = 1e-2
-    router_lr: float = 0.0
+    router_lr: float | None = None
     schedule: str = "cosine"
     warmup_steps: int = 0
     weight_decay: float = 0.0

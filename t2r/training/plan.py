@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from t2r.evaluation.loading import UNLOADABLE, locate
 from t2r.model import HYBRID_ATTENTION, SLOT_ATTENTION, T2RConfig, T2RForCausalLM
-from t2r.training.adapters import add_adapters, added_modules, let_routers_train, select_trained
+from t2r.training.adapters import add_adapters, added_modules, let_routers_train, select_trained, with_router_lr
 from t2r.training.config import StageConfig, TrainConfig
 from t2r.training.documents import is_local, sources_of
 from t2r.training.flops import matrix_parameters
@@ -23,7 +23,6 @@ from t2r.training.stages import Stage, plan_stages
 from t2r.training.teachers import describe_teacher, needs_separate_teacher
 
 TRAINED_BYTES = 16  # fp32: the parameter, its gradient and AdamW's two moments
-ROUTED_BYTES = 17  # a gate, for routers that train: what was written where, its strength and the gate's slope
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,8 @@ def plan_run(config: TrainConfig, processes: int = 1, on_cuda: bool | None = Non
     on_cuda = torch.cuda.is_available() if on_cuda is None else on_cuda
     sharded = launched_sharded() if sharded is None else sharded
     dtype, liger = dtype_of(config, on_cuda), wants_liger(config, on_cuda)
-    network = _configuration(config.model)
+    network = network_of(config.model)
+    config = with_router_lr(config, network)
     with torch.device("meta"):
         model = T2RForCausalLM(network)
         let_routers_train(model, stages_of(config))
@@ -153,14 +153,21 @@ def disk_needed(config: TrainConfig, model: T2RForCausalLM | PeftModel, stages: 
     return 4 * kept + (config.save_limit + len(stages)) * each
 
 
-def _configuration(source: str) -> T2RConfig:
+def network_of(source: str) -> T2RConfig:
+    """A converted model's configuration.
+
+    Raises:
+        ValueError: it cannot be read, or the model is not converted.
+    """
     location, options = locate(source)
     try:
         network = AutoConfig.from_pretrained(location, **options)
     except UNLOADABLE as error:
         raise ValueError(f"{source}: its configuration cannot be read: {error}") from error
     if not isinstance(network, T2RConfig):
-        raise ValueError(f"{source}: a {network.model_type} model; convert it first (t2r convert {source} -o OUT)")
+        raise ValueError(
+            f"{source}: a {network.model_type} model; convert it first (t2r convert {source} -o OUT) and set model: OUT"
+        )
     return network
 
 
@@ -219,7 +226,8 @@ def saved_bytes(network: T2RConfig, layer: int, half: int, liger: bool = False, 
     norms = 2 * hidden * (half if liger else 4)  # by themselves they compute in fp32
     attention = half * (hidden + 2 * queries + 2 * keys)  # projections' input, q, k, v, and o_proj's input
     if kind in SLOT_ATTENTION:
-        attention += (half + ROUTED_BYTES * routers) * sum(network.slots_of(layer))
+        attention += half * (1 + routers) * sum(network.slots_of(layer))
+        attention += 4 * hidden if routers and half == 2 else 0  # routers compute in fp32
     if kind == HYBRID_ATTENTION:  # in fp32: logits and softmax, queries and outputs; keys and values, twice
         window = 2 * network.hybrid_window  # keys that a block of queries meets
         attention += 4 * (2 * network.num_attention_heads * window + 2 * queries + 4 * keys)

@@ -126,7 +126,7 @@ def _check_stage(stage: StageConfig, at: str) -> None:
     _at_least(1, **{f"{at}{name}": value for name, value in counts.items()} | {f"{at}loss.top_k": loss.top_k})
     _at_least(2, **{f"{at}{'' if at else 'data.'}sequence_length": stage.sequence_length})
     for key in ("lr", "gate_lr", "router_lr", "weight_decay", "max_grad_norm", "warmup_steps"):
-        if getattr(optim, key) < 0:
+        if (getattr(optim, key) or 0) < 0:
             raise ValueError(f"{at}optim.{key} must not be negative, got {getattr(optim, key)}")
     if optim.eps <= 0:
         raise ValueError(f"{at}optim.eps must be greater than 0, got {optim.eps}")

@@ -14,7 +14,7 @@ from transformers.trainer_utils import set_seed
 
 from t2r.evaluation import load_model, load_tokenizer, read_text
 from t2r.model import T2RForCausalLM
-from t2r.training.adapters import add_adapters, base_of, check_converted, let_routers_train
+from t2r.training.adapters import add_adapters, base_of, check_converted, let_routers_train, with_router_lr
 from t2r.training.config import TrainConfig
 from t2r.training.data import PackedRows, tokenise
 from t2r.training.evaluator import EvaluateEvery, Evaluator
@@ -22,7 +22,7 @@ from t2r.training.faults import explained
 from t2r.training.folder import begin_folder, check_folder, is_finished
 from t2r.training.fused import compile_layers, use_liger, wants_liger
 from t2r.training.graphs import wants_graphs
-from t2r.training.plan import Plan, disk_needed, plan_run
+from t2r.training.plan import Plan, disk_needed, network_of, plan_run
 from t2r.training.recipe import dtype_of, load_config, stages_of
 from t2r.training.report import write_report
 from t2r.training.sharded import check_shards, check_zero3, is_sharded, launched_sharded, whole_state
@@ -84,6 +84,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     tokenizer = load_tokenizer(config.model)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{config.model}: its tokenizer has no end-of-sequence token, which must end each document")
+    config = with_router_lr(config, network_of(config.model))
     check_folder(config, resume, overwrite)
     on_cuda = state.device.type == "cuda"
     dtype = dtype_of(config, on_cuda)
@@ -178,13 +179,7 @@ def _student_and_teacher(config: TrainConfig, dtype: str, device: str) -> tuple[
     """The model to train, and what it learns from. All that trains is fp32."""
 
     def load(dtype: str, bits: int | None = None) -> T2RForCausalLM:
-        model = load_model(config.model, dtype=dtype, device=device, bits=bits)
-        if not isinstance(model, T2RForCausalLM):
-            raise ValueError(
-                f"{config.model}: a {model.config.model_type} model; "
-                f"convert it first (t2r convert {config.model} -o OUT) and set model: OUT"
-            )
-        return model
+        return load_model(config.model, dtype=dtype, device=device, bits=bits)
 
     model = load("float32" if needs_separate_teacher(config) else dtype)
     let_routers_train(model, stages_of(config))

@@ -5,6 +5,7 @@ import torch
 
 from t2r.model import T2RForCausalLM
 from t2r.training import merge, run
+from t2r.training.adapters import ROUTER_LR
 from t2r.training.plan import plan_run
 from t2r.training.trainer import T2RTrainer
 from tests.training.tiny import tiny_config, workspace
@@ -33,10 +34,16 @@ STAGES = "stages=[{steps: 3, optim: {router_lr: 0.01}}, {steps: 3, optim: {route
 
 def test_they_learn_where_they_have_a_learning_rate(config):
     fitted = routers(config.parent / "model")
-    assert torch.equal(result(config, "frozen"), fitted)
+    assert torch.equal(result(config, "frozen", "optim.router_lr=0"), fitted)
     learnt = result(config, "learnt", "optim.router_lr=0.01", "steps=3")
     assert 0.005 < (learnt - fitted).abs().max() < 0.05
     assert torch.equal(result(config, "staged", STAGES, "steps=null"), learnt)  # the second stage leaves them alone
+
+
+def test_they_learn_unless_told_not_to(config):
+    learnt = result(config, "unset", "steps=3")
+    assert torch.equal(result(config, "set", f"optim.router_lr={ROUTER_LR}", "steps=3"), learnt)
+    assert not torch.equal(learnt, routers(config.parent / "model"))
 
 
 def test_resumed_is_uninterrupted(config, monkeypatch):
@@ -57,14 +64,14 @@ def test_resumed_is_uninterrupted(config, monkeypatch):
 
 def test_everything_may_train(config):
     fitted = routers(config.parent / "model")
-    assert torch.equal(result(config, "full", "trains=full"), fitted)
+    assert torch.equal(result(config, "full", "trains=full", "optim.router_lr=0"), fitted)
     assert (result(config, "full-routers", "trains=full", "optim.router_lr=0.01") - fitted).abs().max() > 0.005
 
 
 def test_the_plan_counts_them(config):
     counts = [
         plan_run(tiny_config(config.parent, *overrides)).stages[0].trained_parameters
-        for overrides in ((), ("optim.router_lr=0.01",))
+        for overrides in (("optim.router_lr=0",), ())
     ]
     assert counts[1] - counts[0] == len(routers(config.parent / "model"))
 
