@@ -15,13 +15,14 @@ PICTURES = HERE.parent / "docs" / "recovery"
 BEGIN, END = "<!-- python -m benchmarks.recovery_report writes from here -->", "<!-- to here -->"
 # Lines of the pictures: a label, and the runs it goes through. Each starts where its recipe does.
 CURVES = {
-    "64 slots": ("slots64_0", "slots64_4M", "slots64_20M"),
-    "128 slots": ("slots128_0", "slots128_4M", "slots128_20M"),
-    "64 slots, 4 softmax layers": ("softmax4_slots64_4M", "softmax4_slots64"),
+    "64 slots": ("slots64_0", "slots64_4M"),
+    "64 slots, routers as fitted": ("slots64_0", "frozen/slots64_4M", "slots64_20M"),
+    "128 slots, routers as fitted": ("slots128_0", "slots128_20M"),
+    "64 slots, 4 softmax layers, routers as fitted": ("softmax4_slots64",),
     "sliding window of equal state": ("control64_0", "control64_4M", "control64_20M"),
 }
-AGED = ("slots64_0", "slots64_20M", "slots128_20M")
-LAST = ("slots64_0", "slots64_4M", "slots64_20M", "slots128_20M", "softmax4_slots64", "control64_20M")
+AGED = ("slots64_0", "slots64_4M", "slots128_20M")
+LAST = ("slots64_0", "frozen/slots64_4M", "slots64_4M", "slots128_20M", "softmax4_slots64", "control64_20M")
 
 Runs = dict[str, list[dict]]
 

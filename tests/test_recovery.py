@@ -58,7 +58,7 @@ def test_corpus_is_there_whole_and_by_source(tmp_path):
 def test_rows_are_named_by_their_recipes(tmp_path):
     assert recovery.name_of(tmp_path / "mine.yaml") == "mine"
     assert recovery.name_of(recovery.RECIPES / "slots64_4M.yaml") == "slots64_4M"
-    assert recovery.name_of(recovery.RECIPES / "slots64_4M" / "even.yaml") == "slots64_4M/even"
+    assert recovery.name_of(recovery.RECIPES / "slots64_0" / "even.yaml") == "slots64_0/even"
 
 
 def test_memory_is_the_age_of_what_slots_hold():
