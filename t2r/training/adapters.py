@@ -15,7 +15,8 @@ from t2r.model.routing import Router
 from t2r.training.config import LoraConfig, OptimConfig, StageConfig, TrainConfig
 from t2r.training.lora import fuse_lora
 
-ROUTER, ROUTER_LR = "router", 1.5e-3
+ROUTER = "router"
+ROUTER_LR = 0.86  # times 1 / hidden_size: 1.5e-3 for SmolLM2-135M, other widths as μP has it (arXiv 2203.03466)
 
 
 def added_modules(model: T2RForCausalLM | PeftModel) -> list[str]:
@@ -25,8 +26,8 @@ def added_modules(model: T2RForCausalLM | PeftModel) -> list[str]:
 
 
 def with_router_lr(config: TrainConfig, network: T2RConfig) -> TrainConfig:
-    """A recipe that says how fast routers learn, where it has left that out: `ROUTER_LR`, or 0 without routers."""
-    rate = ROUTER_LR if network.start == "routed" else 0.0
+    """A recipe that says how fast routers learn, if it has left that out; 0 where there are none."""
+    rate = ROUTER_LR / network.hidden_size if network.start == "routed" else 0.0
     return replace(config, optim=replace(config.optim, router_lr=rate)) if config.optim.router_lr is None else config
 
 

@@ -96,8 +96,8 @@ class OptimConfig:
     Attributes:
         lr: peak learning rate of the adapters, or of the source's weights where everything trains.
         gate_lr: peak learning rate of the parameters that conversion added; they want 5 to 20 times `lr`.
-        router_lr: peak learning rate of the routers, which say what slots are taken over; unset: 1.5e-3 with the
-            routed start, which alone has routers. 0 leaves them as they were fitted. They have no weight decay.
+        router_lr: peak learning rate of the routers, which say what slots are taken over (routed start); unset: 0.86
+            over the hidden size, 1.5e-3 for SmolLM2-135M. 0 leaves them as they were fitted. No weight decay.
         schedule: a transformers schedule: cosine, linear, constant_with_warmup, ...
         warmup_steps: optimizer steps of linear warm-up.
         weight_decay: on what `lr` is for; the added parameters have none.
