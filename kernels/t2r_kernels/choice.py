@@ -1,4 +1,4 @@
-"""The gradient of a choice: what a token's importance would have to be for other tokens' slots to be taken over."""
+"""The gradient of a choice that has none: how the importance of a token would change what slots hold."""
 
 import torch
 import torch.nn.functional as F
