@@ -5,12 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2r_kernels.api import HAS_TRITON
-from t2r_kernels.gate import Gate
+from t2r_kernels.gate import FLATTEST, Gate
 
 if HAS_TRITON:
     from t2r_kernels.triton.choice import gradient_on_gpu
-
-FLATTEST = 1e-6  # slope of a gate by its logit, at least
 
 
 def straight_through(

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FLATTEST = 1e-6  # slope of a gate by its logit, at least, where gradients are divided by it
+
 
 class Gate(NamedTuple):
     """How logits become log forget gates: `logsigmoid(logits + base) / normalizer`.

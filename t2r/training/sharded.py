@@ -57,7 +57,8 @@ def check_shards(model: nn.Module, processes: int) -> None:
     if short:
         raise ValueError(
             f"weights of {', '.join(map(str, short))} rows cannot be shared out to {processes} processes in several "
-            "stages; choose lora.r as a multiple of the processes, or stages as runs of their own"
+            "stages; choose lora.r as a multiple of the processes, optim.router_lr: 0 (a router has a row for each "
+            "key/value head), or stages as runs of their own"
         )
 
 

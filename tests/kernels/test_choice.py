@@ -35,7 +35,7 @@ def choices(importance, positions, num_slots=M, bounds=None):
     return evict(rates, positions, num_slots, cu_seqlens=bounds)[0]
 
 
-def strengths_by_hand(importance, slots, bounds, temperature=TEMPERATURE):
+def strengths_by_hand(importance, slots, bounds):
     """How strongly each token would be written into each slot, `[T, H, M]`, one document and token after another."""
     rows = []
     for begin, end in pairwise(bounds):
@@ -48,7 +48,7 @@ def strengths_by_hand(importance, slots, bounds, temperature=TEMPERATURE):
                 else:
                     rest = sorted(i for i in held if held[i] >= begin + SINKS)
                     ages = [torch.tensor(float(t - held[i])).log() - importance[held[i], head] for i in rest]
-                    row = row.index_put((torch.tensor(rest),), (torch.stack(ages) / temperature).softmax(0))
+                    row = row.index_put((torch.tensor(rest),), (torch.stack(ages) / TEMPERATURE).softmax(0))
                     assert row.argmax() == slot
                 held[slot] = t
                 rows.append((t, head, row))

@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2r_kernels.gate import Gate
+from t2r_kernels.gate import FLATTEST, Gate
 from t2r_kernels.triton.launcher import Launch, run
 
 TILE = 4096  # elements
 LONGEST = 64  # tokens of a tile
+LEAST_SLOPE = tl.constexpr(FLATTEST)
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def choice_kernel(
     alpha = sigmoid
     if power != 1.0:
         alpha = tl.exp(tl.log(tl.maximum(sigmoid, 1e-30)) * power)
-    slope = tl.maximum(alpha * (1.0 - sigmoid) * power, 1e-6)
+    slope = tl.maximum(alpha * (1.0 - sigmoid) * power, LEAST_SLOPE)
     by_strength = -tl.load(grads + at, mask=inside, other=0.0).to(tl.float32) / slope
     mean = tl.sum(strengths * by_strength, 1)
     down = tl.cumsum(strengths * (by_strength - mean[:, None]) * sharpness, 0)
