@@ -12,7 +12,7 @@ quickstart: $(VENV)/.installed $(MODEL)
 	$(VENV)/bin/python -m examples.quickstart
 
 test: $(VENV)/.installed-dev $(MODEL)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 style: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
