@@ -1,6 +1,7 @@
 """README, recipes and code say the same."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import typer
 from t2r.cli.main import app
 from t2r.model import T2RConfig
 from t2r.training import load_config, plan_run
+from t2r.training.stages import plan_stages
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,5 +68,14 @@ def test_recipes_can_be_planned(recipe, tmp_path):
     stages = plan.as_dict()["stages"]
     named = [s["stage"] for s in stages]
     assert named in (["1-distill"], ["1-distill", "2-distill"], ["1-align", "2-distill", "3-finetune"])
-    limit = {"mistral-7b": 24, "llama-3.2-1b": 16}.get(recipe.stem)
+    limit = {"mistral-7b": 24, "llama-3.2-1b": 8}.get(recipe.stem)
     assert limit is None or max(s["memory_bytes"] for s in stages) < 0.9 * limit * 2**30  # as the recipe says
+
+
+def test_eight_gpus_get_past_the_warm_up(tmp_path):
+    (overrides,) = re.findall(r"--num_processes 8 -m t2r\.train examples/mistral-7b\.yaml (.*)", README)
+    config = load_config(ROOT / "examples" / "mistral-7b.yaml", overrides.split())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eight, one = plan_stages(config, 8), plan_stages(load_config(ROOT / "examples" / "mistral-7b.yaml", []), 1)
+    assert [stage.tokens_per_step for stage in eight[:2]] == [stage.tokens_per_step for stage in one[:2]]

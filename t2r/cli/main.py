@@ -78,6 +78,8 @@ def setup(
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries; users can do nothing about them
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    if os.environ.get("RANK", "0") != "0":  # of several processes that would say the same, one does
+        warnings.simplefilter("ignore")
     if not err.is_terminal:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")

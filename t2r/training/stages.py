@@ -45,13 +45,19 @@ class Stage:
 
 
 def plan_stages(config: TrainConfig, processes: int) -> list[Stage]:
-    """A run's stages with their lengths."""
+    """A run's stages with their lengths. Warns of one that ends before its warm-up does."""
     stages: list[Stage] = []
     for i, stage in enumerate(stages_of(config)):
         tokens = stage.batch_size * stage.gradient_accumulation * stage.sequence_length * processes
         steps = -(-stage.tokens // tokens) if stage.steps is None else stage.steps
         before = stages[-1].steps_before + stages[-1].steps if stages else 0
         stages.append(Stage(i, stage, Path(config.output) / f"{i + 1}-{stage.stage}", tokens, steps, before))
+        if stage.optim.warmup_steps >= steps:
+            warnings.warn(
+                f"{stages[-1].name} has {steps} steps, all of them warm-up (optim.warmup_steps: "
+                f"{stage.optim.warmup_steps}); with a smaller gradient_accumulation it has more",
+                stacklevel=2,
+            )
     return stages
 
 

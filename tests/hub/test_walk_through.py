@@ -41,7 +41,7 @@ def steps_of(page):
 
 
 def test_the_walk_through(tmp_path):
-    name = "mistralai/Mistral-7B-v0.1"
+    name = "mistralai/Mistral-7B-v0.3"
     tiny_llama(tmp_path / "teacher")
     files = {path.name: path.read_bytes() for path in (tmp_path / "teacher").iterdir()}
     files["README.md"] = b"---\nlicense: apache-2.0\n---\n"

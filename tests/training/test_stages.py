@@ -60,6 +60,13 @@ def test_a_plan(config, tmp_path):
     ]
 
 
+def test_a_stage_of_nothing_but_warm_up_is_told(config, tmp_path):
+    recipe = tiny_config(tmp_path)
+    recipe.optim.warmup_steps = 2
+    with pytest.warns(UserWarning, match="2-distill has 2 steps, all of them warm-up"):
+        plan_stages(recipe, processes=3)
+
+
 @pytest.mark.parametrize("after", [4, 6, 8, 13, 20])  # within each stage, and right behind a boundary (6 | 8 | 10)
 def test_resumed_is_uninterrupted_bit_for_bit(config, tmp_path, monkeypatch, after):
     whole = run(config, [f"output={tmp_path / 'whole'}"])
