@@ -25,7 +25,7 @@ class Calibration:
 
     Attributes:
         text: its name.
-        windows: its tokens, `[windows, WINDOW]`.
+        windows: its tokens, `[windows, WINDOW or more]`.
         progress: called with the layers done and in all after each.
     """
 
@@ -56,7 +56,7 @@ def calibration_of(
         progress: see `Calibration`.
 
     Raises:
-        ValueError: it has no document of a window's length, or the source has no tokenizer.
+        ValueError: it has no document of a window's length or is not UTF-8, or the source has no tokenizer.
     """
     windows, window = [], max(WINDOW, 2 * num_slots)
     try:
@@ -90,11 +90,14 @@ def _documents(text: str | Path | None) -> Iterator[str]:
         yield from (topic for _, topic in sorted(topics.items()))
         return
     text = Path(text)
-    with text.open(encoding="utf-8") as file:
-        if text.suffix != ".jsonl":
-            yield file.read()
-        else:
-            yield from (_text_of(line, f"{text}, line {i}") for i, line in enumerate(file, 1) if line.strip())
+    try:
+        with text.open(encoding="utf-8") as file:
+            if text.suffix != ".jsonl":
+                yield file.read()
+            else:
+                yield from (_text_of(line, f"{text}, line {i}") for i, line in enumerate(file, 1) if line.strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text}: not UTF-8 ({one_line(error)})") from error
 
 
 def _text_of(line: str, where: str) -> str:

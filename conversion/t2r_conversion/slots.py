@@ -99,7 +99,7 @@ def _changes(
 def allotted(needs: dict[Head, Sequence[float]], config: T2RConfig) -> dict[Head, int]:
     """The slots with which what is measured adds up to little, heads taken by themselves.
 
-    All begin with the least. What slots are left go where one more changes least what is lost, one head after another.
+    All begin with the least. What slots are left go where one more saves most, one step after another.
 
     Args:
         needs: for each converted head, what is measured with each of `levels`.

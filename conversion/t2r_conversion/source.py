@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from huggingface_hub import get_safetensors_metadata, metadata_load, snapshot_download
-from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 from transformers import AutoConfig, PreTrainedConfig
 from yaml import YAMLError
 
@@ -166,7 +166,7 @@ def _read_hub(name: str) -> Source:
         return _source(name, "folder", folder, family, config, tensors)
     try:
         files = get_safetensors_metadata(name).files_metadata
-    except (OSError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
+    except (HTTPError, OSError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise ValueError(
             f"{name}: no safetensors weights can be read from the Hub ({one_line(error)}); if it has pickled ones, "
             f"download it (hf download {name}) and convert the folder"
@@ -200,7 +200,7 @@ def _licence(folder: Path) -> str | None:
 def _download(name: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise ValueError(
             f"{name}: neither a local folder nor a model that the Hub gives out ({one_line(error)})"
         ) from error

@@ -52,8 +52,8 @@ def write(
         fitted: values of new tensors by name, in place of those that they start with.
         about: what else to record.
         hard_link: share the files of untouched shards with the source.
-        max_shard_size: most bytes of the tensors in a shard, but for a tensor that is larger; None for shards as the
-            source has them.
+        max_shard_size: most bytes of the source's tensors in a shard, but for a tensor that is larger; None for shards
+            as the source has them.
 
     Raises:
         ValueError: the weights are not on this machine; `out` exists, is not a model's folder, or holds the source;

@@ -5,8 +5,8 @@ import struct
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclassError
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import t2r.model  # noqa: F401, for transformers to know the model type
+from t2r_conversion.record import RECORD, read_record
 
 UNLOADABLE = (
     SafetensorError,
@@ -103,6 +104,21 @@ def locate(source: str | Path) -> tuple[str, dict[str, str]]:
         raise ValueError(f"{source}: is a file; give a model folder, a .gguf file or a Hub id")
     _check_hub_id(str(source))
     return str(source), {}
+
+
+def record_of(source: str | Path) -> dict:
+    """The record of a model that `load_model` takes; empty if it has none, or the Hub gives none out.
+
+    Raises:
+        ValueError: there is no such model, or the record is not JSON.
+    """
+    location, options = locate(source)
+    if options or Path(location).is_dir():
+        return {} if options else read_record(location)
+    try:
+        return read_record(Path(hf_hub_download(location, RECORD)).parent)
+    except (EntryNotFoundError, HTTPError, OSError):
+        return {}
 
 
 def resolve_device(name: str) -> torch.device:

@@ -165,7 +165,7 @@ class T2RAttention(nn.Module):
         if self.kind == HYBRID_ATTENTION:
             recent = tokens.after(past and past.recent, config.hybrid_window)
             window = window_attention(q, recent.keys, recent.values, positions.ids)
-            tokens, offset = recent.leaving(positions.ids), offset - config.hybrid_window
+            tokens, offset = recent.leaving(positions.ids, positions.padding), offset - config.hybrid_window
         options = {
             "gate": gate_of(tokens.slots, config),
             "scale": self.start.scale,
@@ -182,7 +182,7 @@ class T2RAttention(nn.Module):
             )  # fmt: skip
         if window is not None:
             o = joined(o, *lse, *window)
-        return o, state, recent and recent.last(config.hybrid_window)
+        return o, state, recent and recent.last(config.hybrid_window, positions.padding)
 
     def schedule(
         self,
@@ -227,7 +227,7 @@ class T2RAttention(nn.Module):
             k,
             v,
             attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=self.config.attention_dropout if self.training and torch.is_grad_enabled() else 0.0,  # no teacher's
             scaling=self.head_dim**-0.5,
             sliding_window=window,
             position_ids=positions.ids,
@@ -355,6 +355,8 @@ class T2RModel(T2RPreTrainedModel):
         self._check_cache(past_key_values)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         positions = Positions.resolve(hidden_states, attention_mask, position_ids, cu_seqlens, past, max_seqlen)
+        if past and HYBRID_ATTENTION in self.layer_kinds and positions.begins_late():
+            raise ValueError("padding between tokens that a window holds and those that come; pad on the right")
         if use_cache and past_key_values is None and positions.cu_seqlens is None:
             past_key_values = T2RCache(self.config, self.layer_kinds)
         masks = self._softmax_masks(hidden_states, attention_mask, positions, past_key_values)

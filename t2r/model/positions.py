@@ -46,7 +46,8 @@ class Positions:
             max_seqlen: tokens of the longest packed document.
 
         Raises:
-            ValueError: packed documents in several rows, beside a mask or with a cache; a mask that is not 2-D.
+            ValueError: packed documents in several rows, beside a mask or with a cache; a mask that is not 2-D, or not
+                of all tokens.
         """
         B, T = inputs.shape[:2]
         if cu_seqlens is None and position_ids is not None and attention_mask is None and past == 0:
@@ -60,6 +61,11 @@ class Positions:
             return cls(ids, ids[:, 0])
         if attention_mask.ndim != 2:
             raise ValueError(f"attention_mask must be [batch, tokens], got shape {list(attention_mask.shape)}")
+        if attention_mask.shape[1] != past + T:
+            raise ValueError(
+                f"attention_mask must be of all tokens, {past} in the cache and {T} that come; it is of "
+                f"{attention_mask.shape[1]}"
+            )
         seen = attention_mask.to(inputs.device).bool()
         here = seen[:, -T:]
         if position_ids is None:
@@ -69,6 +75,13 @@ class Positions:
             raise ValueError("attention_mask has padding between tokens; pad on the left or on the right")
         first = here.int().argmax(-1, keepdim=True)  # [B, 1]: the first token that is no padding
         return cls(ids, (ids.gather(1, first) - first)[:, 0], ~here)
+
+    def begins_late(self) -> bool:
+        """Whether padding parts some sequence's earlier tokens from those that come; of single places, never."""
+        if self.padding is None or self.padding.shape[1] == 1:
+            return False
+        first = self.ids.masked_fill(self.padding, 0).amax(-1) - (~self.padding).sum(-1) + 1  # [B]
+        return bool((self.padding[:, 0] & ~self.padding.all(-1) & (first > 0)).any())
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Positions":
         """On another device, for models whose layers are spread over several."""

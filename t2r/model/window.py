@@ -32,20 +32,33 @@ class Tokens(NamedTuple):
             return Tokens(*(F.pad(x, (0, 0) * (x.ndim - 2) + (window, 0)) for x in self))
         return Tokens(*(torch.cat(pair, 1) for pair in zip(past, self, strict=True)))
 
-    def leaving(self, ids: Tensor) -> "Tokens":
+    def leaving(self, ids: Tensor, padding: Tensor | None = None) -> "Tokens":
         """Of `[B, window + T, ...]`, those that leave the window as T tokens come: `[B, T, ...]`.
 
         Args:
             ids: position of each token that comes in its own document, `[B, T]`. To begin with, nothing leaves.
+            padding: True where no token comes, `[B, T]`: nothing leaves there either.
         """
         T = ids.shape[1]
         gone = Tokens(*(x[:, :T] for x in self))
         nothing = ids < self.keys.shape[1] - T
+        nothing = nothing if padding is None else nothing | padding
         return gone._replace(slots=gone.slots.masked_fill(nothing.unsqueeze(-1), -1))
 
-    def last(self, window: int) -> "Tokens":
-        """The last `window` tokens, in memory of their own."""
-        return Tokens(*(x[:, -window:].clone() for x in self))
+    def last(self, window: int, padding: Tensor | None = None) -> "Tokens":
+        """Of `[B, window + T, ...]` the last `window` tokens, in memory of their own.
+
+        Args:
+            window: how many.
+            padding: True where no token came, `[B, T]`. What is behind a sequence's last token counts for nothing.
+        """
+        if padding is None:
+            return Tokens(*(x[:, -window:].clone() for x in self))
+        place = torch.arange(padding.shape[1], device=padding.device) + 1
+        ends = place.masked_fill(padding, 0).amax(-1, keepdim=True)  # [B, 1]
+        last = ends + torch.arange(window, device=padding.device)  # [B, window]
+        row = torch.arange(len(last), device=padding.device)[:, None]
+        return Tokens(*(x[row, last] for x in self))
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,13 @@ from t2r.training.config import LoraConfig, OptimConfig, StageConfig, TrainConfi
 from t2r.training.lora import fuse_lora
 
 ROUTER = "router"
+# Values of PEFT's options that leave the source's weights, which are the teacher, as they are.
+HARMLESS = {
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+    "bias": ("none",),
+    "trainable_token_indices": (None,),
+    "layer_replication": (None,),
+}
 ROUTER_LR = 0.86  # times 1 / hidden_size: 1.5e-3 for SmolLM2-135M, other widths as μP has it (arXiv 2203.03466)
 
 
@@ -26,9 +33,16 @@ def added_modules(model: T2RForCausalLM | PeftModel) -> list[str]:
 
 
 def with_router_lr(config: TrainConfig, network: T2RConfig) -> TrainConfig:
-    """A recipe that says how fast routers learn, if it has left that out; 0 where there are none."""
+    """A recipe that says how fast routers learn, where it has left that out; 0 where there are none."""
     rate = ROUTER_LR / network.hidden_size if network.start == "routed" else 0.0
-    return replace(config, optim=replace(config.optim, router_lr=rate)) if config.optim.router_lr is None else config
+    stages = [
+        entry | {"optim": entry["optim"] | {"router_lr": rate}}
+        if (entry.get("optim") or {}).get("router_lr", rate) is None
+        else entry
+        for entry in config.stages
+    ]
+    top = config.optim if config.optim.router_lr is not None else replace(config.optim, router_lr=rate)
+    return replace(config, optim=top, stages=stages)
 
 
 def let_routers_train(model: T2RForCausalLM, stages: Iterable[StageConfig]) -> None:
@@ -84,6 +98,10 @@ def _peft_config(lora: LoraConfig, added: list[str]) -> peft.LoraConfig:
     twice = sorted(settings.keys() & lora.options.keys())
     if twice:
         raise ValueError(f"lora.options: {', '.join(twice)} cannot be set here; the other keys of lora do it")
+    for name, value in lora.options.items():
+        if value not in HARMLESS.get(name, (value,)):
+            known = ", ".join(map(str, HARMLESS[name]))
+            raise ValueError(f"lora.options.{name}: {value} changes what is the teacher too; choose from {known}")
     try:
         return peft.LoraConfig(**settings, **lora.options)
     except (TypeError, ValueError) as error:

@@ -182,6 +182,7 @@ def encoder(kind: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[dict], d
                 _add(found, *_chat([*prompt, *answer], len(prompt), tokenizer))
                 continue
             before = tokenizer(prompt, verbose=False)["input_ids"]
+            before = before[:-1] if before[-1:] == [end] else before  # some tokenizers end whatever they begin
             after = [*tokenizer(answer, verbose=False, add_special_tokens=False)["input_ids"], end]
             _add(found, before + after, [0] * len(before) + [1] * len(after))
         return found

@@ -53,9 +53,10 @@ def begin_folder(config: TrainConfig, overwrite: bool) -> None:
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     changed = []
-    for key, value in new.items():
-        if isinstance(value, dict):
-            changed += _differences(old[key], value, f"{prefix}{key}.")
-        elif value != old[key]:
-            changed.append(f"{prefix}{key} {old[key]} → {value}")
+    for key in {**old, **new}:
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changed += _differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            changed.append(f"{prefix}{key} {before} → {now}")
     return changed

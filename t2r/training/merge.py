@@ -43,7 +43,8 @@ def merge(run: str | Path, out: str | Path, *, base: str | Path | None = None, o
 
 
 def _write(run: Path, source: Path, load: Callable[[], T2RForCausalLM], out: Path, overwrite: bool) -> None:
-    check_output(out, source, overwrite)
+    for needed in (source, run):
+        check_output(out, needed, overwrite)
     check_space(out, sum(file.stat().st_size for file in source.glob("*.safetensors")))
     model = load()
     with made_whole(out) as partial_folder:

@@ -67,9 +67,6 @@ def stages_of(config: TrainConfig) -> list[StageConfig]:
     if not config.stages:
         kind = "align" if config.loss.align else "distill" if config.loss.distill else "finetune"
         return [OmegaConf.to_object(OmegaConf.merge(StageConfig, common, {"stage": kind}))]
-    given = config.loss.align, config.loss.distill, config.loss.cross_entropy
-    if given != (0, 1, 0):
-        raise ValueError("the weights of loss (align, distill, cross_entropy) belong into the stages that they are for")
     stages = []
     for entry in map(OmegaConf.create, config.stages):
         length = {"steps": None, "tokens": None} if "steps" in entry or "tokens" in entry else {}
@@ -104,6 +101,8 @@ def _check(config: TrainConfig) -> None:
     _at_least(1, save_every=config.save_every, save_limit=config.save_limit, log_every=config.log_every)
     _at_least(1, **{"lora.r": config.lora.r, "eval.every": config.eval.every})
     sources_of(config.data)
+    if config.stages and (config.loss.align, config.loss.distill, config.loss.cross_entropy) != (0, 1, 0):
+        raise ValueError("the weights of loss (align, distill, cross_entropy) belong into the stages that they are for")
     if config.eval.every and not config.eval.text:
         raise ValueError("eval.every has no effect without eval.text")
     if config.dtype not in ("auto", "float32", "bfloat16"):

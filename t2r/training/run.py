@@ -13,6 +13,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from t2r.evaluation import load_model, load_tokenizer, read_text
+from t2r.evaluation.loading import record_of
 from t2r.model import T2RForCausalLM
 from t2r.training.adapters import add_adapters, base_of, check_converted, let_routers_train, with_router_lr
 from t2r.training.config import TrainConfig
@@ -90,7 +91,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     dtype = dtype_of(config, on_cuda)
     bf16, liger = on_cuda and dtype == "bfloat16", wants_liger(config, on_cuda)
     stages = plan_stages(config, state.num_processes)
-    check_teacher(config, [stage.config for stage in stages], read_record(config.model))
+    check_teacher(config, [stage.config for stage in stages], record_of(config.model))
     check_zero3(stages)
     for stage in stages:
         training_arguments(config, stage, bf16)  # better to fail now than when its turn comes
@@ -116,7 +117,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     if state.is_main_process:
         begin_folder(config, overwrite)
     state.wait_for_everyone()
-    record = (read_record(output) if resume else {}) or _inherited(read_record(config.model))
+    record = (read_record(output) if resume else {}) or _inherited(record_of(config.model))
     if evaluator and "evaluation" not in record:
         record["evaluation"] = evaluator.before()
         if state.is_main_process:
@@ -136,7 +137,8 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
 
         evaluator.prepare()
         watchers.append(EvaluateEvery(evaluator, config.eval.every, keep))
-    record["history"] = _through_stages(model, teacher, config, stages, rows, watchers, bf16, resume, state, graphs)
+    with watchers[0]:
+        record["history"] = _through_stages(model, teacher, config, stages, rows, watchers, bf16, resume, state, graphs)
     whole = {"state_dict": whole_state(model, state.is_main_process)} if is_sharded(model) else {}
     if state.is_main_process:
         model.save_pretrained(output, **whole)

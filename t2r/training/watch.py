@@ -12,13 +12,21 @@ from t2r.training.stages import Stage
 
 
 class ProgressLine(TrainerCallback):
-    """One line on stderr over all stages: steps, loss, tokens/s, time left."""
+    """One line on stderr over all stages: steps, loss, tokens/s, time left. Gone when its context ends, however."""
 
     def __init__(self, stages: list[Stage]):
         self.console = Console(stderr=True)
         self.total = stages[-1].steps_before + stages[-1].steps
         self.progress: Progress | None = None
         self.stage = stages[0]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
 
     def begin(self, trainer: Trainer) -> None:
         """Say whose stage comes."""
@@ -52,9 +60,7 @@ class ProgressLine(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002
         """Stop the line."""
-        if self.progress:
-            self.progress.stop()
-            self.progress = None
+        self.__exit__()
 
 
 class Terminated(SystemExit):

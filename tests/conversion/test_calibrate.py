@@ -203,6 +203,14 @@ def test_a_file_without_text_is_told(tmp_path, short, line, message):
         convert(tmp_path / "source", tmp_path / "out", calibrate=tmp_path / "text.jsonl", num_slots=8, num_sinks=2)
 
 
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+def test_a_text_that_is_not_utf8_is_told(tmp_path, short, name):
+    tiny_llama(tmp_path / "source")
+    (tmp_path / name).write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(ValueError, match=rf"{name}: not UTF-8"):
+        convert(tmp_path / "source", tmp_path / "out", calibrate=tmp_path / name, num_slots=8, num_sinks=2)
+
+
 def test_windows_are_longer_than_what_slots_hold(tmp_path, short):
     tiny_llama(tmp_path / "source")
     (tmp_path / "text.txt").write_text(tiny_text(400))

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from t2r_conversion import read_source, source
 from tests.conversion.tiny import convert
@@ -55,6 +55,15 @@ def test_convert_from_the_hub(tmp_path, hub):
     assert json.loads((tmp_path / "out" / "t2r_record.json").read_text())["conversion"]["source"] == "someone/llama"
     assert not (hub / "optimizer.bin").exists()
     assert read_source("someone/llama").kind == "folder"
+
+
+def test_headers_that_the_hub_does_not_give(hub, monkeypatch):
+    def unreachable(_):
+        raise HTTPError("no route to host")
+
+    monkeypatch.setattr(source, "get_safetensors_metadata", unreachable)
+    with pytest.raises(ValueError, match=r"someone/llama: no safetensors weights can be read .*no route to host"):
+        read_source("someone/llama")
 
 
 def test_model_that_the_hub_does_not_give(hub):

@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2r.evaluation import load_model, load_tokenizer, resolve_device
+from t2r.evaluation import load_model, load_tokenizer, loading, resolve_device
+from t2r.evaluation.loading import record_of
 from t2r.model import T2RForCausalLM
 from tests.tiny import tiny_llama, tiny_t2r
 
@@ -123,3 +124,10 @@ def test_devices_and_dtypes_that_are_not_there(tmp_path):
         load_model(tmp_path, device="cuda:99")
     with pytest.raises(ValueError, match="dtype 'int4' is unknown; use one of auto, own, float32"):
         load_model(tmp_path, dtype="int4")
+
+
+def test_a_model_without_a_record_has_none(tmp_path, monkeypatch):
+    tiny_t2r(tmp_path)
+    assert record_of(tmp_path) == {}
+    monkeypatch.setattr(loading, "locate", lambda source: (source, {}))
+    assert record_of("me/tiny") == {}  # nor one that the Hub does not give out

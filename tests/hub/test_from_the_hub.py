@@ -1,5 +1,6 @@
 """A pushed model, fetched from the Hub by processes of their own: with transformers alone, and with t2r."""
 
+import json
 import os
 import subprocess
 import sys
@@ -77,6 +78,13 @@ def test_t2r_generates_from_it(pushed):
     assert fetched.returncode == 0, fetched.stderr
     assert fetched.stdout == local.stdout
     assert fetched.stdout.strip()
+
+
+def test_its_record_comes_along(pushed):
+    _, folder, hub = pushed
+    read = "import sys, json; from t2r.evaluation.loading import record_of; print(json.dumps(record_of(sys.argv[1])))"
+    done = run(hub, folder, "-c", read, "me/tiny")
+    assert json.loads(done.stdout) == json.loads((folder / "model" / "t2r_record.json").read_text()), done.stderr
 
 
 def test_nobody_else_sees_a_private_model(pushed, tmp_path):

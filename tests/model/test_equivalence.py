@@ -216,6 +216,33 @@ def test_right_padding_is_none(model):
     close(model(padded, attention_mask=mask).logits[:, :30], model(x).logits)
 
 
+@pytest.mark.parametrize("lengths", [[1, 1, 1, 1], [3, 1], [4]])
+def test_a_right_padded_prompt_goes_on(model, lengths):
+    """Sequences of different lengths, that then go on side by side, are each alone."""
+    ends, x = (30, 22, 5), tokens(3, 34)
+    mask = (torch.arange(30) < torch.tensor(ends)[:, None]).long()
+    cache = model(x[:, :30], attention_mask=mask, use_cache=True).past_key_values
+    places, logits = [torch.arange(end, end + 4) for end in ends], []
+    then, came = x.gather(1, torch.stack(places)), 0
+    for length in lengths:
+        mask = torch.cat([mask, torch.ones(3, length, dtype=torch.long)], 1)
+        some = then[:, came : came + length]
+        logits.append(model(some, attention_mask=mask, past_key_values=cache, use_cache=True).logits)
+        came += length
+    for row, place, got in zip(x, places, torch.cat(logits, 1), strict=True):
+        close(got, model(row[None, : place[-1] + 1]).logits[0, -4:])
+
+
+def test_a_sequence_that_drops_out_is_left_as_it_is(model):
+    x, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[1, 26:30] = 0
+    cache = model(x[:, :26], attention_mask=mask[:, :26], use_cache=True).past_key_values
+    for t in range(26, 40):
+        last = model(x[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache, use_cache=True).logits
+    close(last[0], model(x[:1]).logits[0, -1:])
+    close(last[1], model(torch.cat([x[1:, :26], x[1:, 30:]], 1)).logits[0, -1:])
+
+
 @pytest.mark.parametrize("how", ["cu_seqlens", "position_ids"])
 def test_packed_is_each_document_alone(model, how):
     documents = [tokens(1, n, seed=n) for n in (13, 1, 27)]
@@ -243,6 +270,14 @@ def test_bad_inputs_are_named():
         model(x, attention_mask=torch.ones(2, 1, 8, 8))
     with model.softmax_attention(), pytest.raises(ValueError, match="does not fit these layers"):
         model(x, past_key_values=T2RCache(model.config))
+    cache = model(x, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="of all tokens, 8 in the cache and 8 that come; it is of 8"):
+        model(x, attention_mask=torch.ones(2, 8), past_key_values=cache)
+    model = student(hybrid_window=7)
+    cache, mask = model(x, use_cache=True).past_key_values, torch.ones(2, 16)
+    mask[1, 8:11] = 0
+    with pytest.raises(ValueError, match="padding between tokens that a window holds and those that come"):
+        model(x, attention_mask=mask, past_key_values=cache)
 
 
 def test_a_cache_of_inference_mode_serves_outside_it(model):

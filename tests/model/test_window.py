@@ -65,6 +65,14 @@ def test_tokens_leave_as_they_came():
     assert held.last(3).after(held.last(3), 3).slots.flatten().tolist() == [7, 8, 9] * 2
 
 
+def test_padding_is_neither_held_nor_pushes_anything_out():
+    ids, padding = torch.arange(5).clamp_max(3).expand(3, 5), torch.arange(5) >= torch.tensor([[4], [1], [0]])
+    new = Tokens(*torch.arange(1.0, 6).expand(3, 3, 5)[..., None, None], torch.arange(5).expand(3, 5)[..., None])
+    held = new.after(None, 3)
+    assert held.last(3, padding).keys.flatten(1).tolist() == [[2, 3, 4], [0, 0, 1], [0, 0, 0]]
+    assert held.leaving(ids, padding).slots.flatten(1).tolist() == [[-1, -1, -1, 0, -1], [-1] * 5, [-1] * 5]
+
+
 def test_joined_is_one_softmax_over_both():
     q, k, v = (x.detach() for x in case(H=6, T=9, window=9))
     first, second = (slice(4), slice(4, None))

@@ -81,7 +81,7 @@ def test_without_stages_there_is_one(tmp_path):
         (GOOD, ["tokens=100"], "steps or tokens: give one of them"),
         (GOOD + STAGES, ["stages.0.stage=aling"], r"stages.0.stage must be one of align, distill, finetune, got"),
         (GOOD + STAGES, ["stages.0.step=3"], "Key 'step' not in 'StageConfig'. Did you mean"),
-        (GOOD + STAGES, ["loss.cross_entropy=0.3"], r"weights of loss .* belong into the stages"),
+        (GOOD + STAGES, ["loss.cross_entropy=0.3"], r"config.yaml: the weights of loss .* belong into the stages"),
         (GOOD, ["eval.every=5"], "eval.every has no effect without eval.text"),
         (GOOD + STAGES, ["stages.3.steps=3"], "index out of range"),
         (GOOD + STAGES, ["stages.1.trains=full"], "stages.1.trains: full does not go with lora at the top"),

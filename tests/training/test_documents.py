@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from t2r.training import run
@@ -72,6 +73,16 @@ def test_kinds_mix_and_a_column_makes_text_of_any(tmp_path, tokenizer):
     row = {"prompt": "the cat", "completion": "sat", "text": "a mat"}
     files = [write(tmp_path / "a.jsonl", row), {"path": str(tmp_path / "a.jsonl"), "column": "text"}]
     assert learnt(tokenise(DataConfig(files=files), tokenizer), tokenizer) == "the cat SAT </S> A MAT </S>"
+
+
+def test_a_prompt_does_not_end_the_document(tmp_path, tokenizer):
+    """Though a tokenizer ends whatever it is given."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    row = {"prompt": "the cat", "completion": "sat"}
+    tokens = tokenise(DataConfig(files=[write(tmp_path / "a.jsonl", row)]), tokenizer)
+    assert learnt(tokens, tokenizer) == "the cat SAT </S>"
 
 
 @pytest.mark.parametrize(("weight", "count"), [(1, 8), (2, 16), (0.5, 4), (1.25, 10)])

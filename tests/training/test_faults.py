@@ -9,6 +9,7 @@ import torch
 
 from t2r.training import run
 from t2r.training.faults import explained
+from t2r.training.watch import ProgressLine
 from tests.training.tiny import run_on_two_processes, workspace
 
 
@@ -53,6 +54,19 @@ def test_overwriting_makes_room(config, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "disk_needed", lambda *_: held + 1000)
     run(config, overwrite=True)
     assert asked == [1000]
+
+
+def test_an_error_ends_the_progress_line(config, monkeypatch):
+    lines, start = [], ProgressLine.on_train_begin
+
+    def begin(self, *args, **kwargs):
+        lines.append(self)
+        start(self, *args, **kwargs)
+
+    monkeypatch.setattr(ProgressLine, "on_train_begin", begin)
+    with pytest.raises(ValueError, match=r"loss is (nan|inf)"):
+        run(config, ["optim.lr=1e30"])
+    assert [line.progress for line in lines] == [None]
 
 
 def test_torch_does_not_say_that_the_disk_is_full(tmp_path, monkeypatch):

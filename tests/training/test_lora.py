@@ -96,3 +96,13 @@ def test_other_kinds_of_adapters_come_with_peft(tmp_path, monkeypatch):
 def test_options_that_peft_does_not_know(options, message):
     with pytest.raises(ValueError, match=message):
         add_adapters(student(), LoraConfig(options=options))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("init_lora_weights", "pissa"), ("init_lora_weights", "olora"), ("bias", "lora_only"), ("bias", "all")],
+)
+def test_options_that_would_change_the_teacher_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"lora.options.{name}: {value} changes what is the teacher too; choose from"):
+        add_adapters(student(), LoraConfig(options={name: value}))
+    add_adapters(student(), LoraConfig(options={"init_lora_weights": "gaussian", "use_rslora": True}))

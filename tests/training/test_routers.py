@@ -46,6 +46,11 @@ def test_they_learn_unless_told_not_to(config):
     assert not torch.equal(learnt, routers(config.parent / "model"))
 
 
+def test_a_stage_may_leave_the_rate_open(config):
+    open_stage = "stages=[{steps: 3, optim: {router_lr: null}}]"
+    assert torch.equal(result(config, "open", open_stage, "steps=null"), result(config, "unset", "steps=3"))
+
+
 def test_resumed_is_uninterrupted(config, monkeypatch):
     whole = result(config, "whole", "optim.router_lr=0.01")
     step, calls = T2RTrainer.training_step, []

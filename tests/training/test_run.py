@@ -135,6 +135,13 @@ def test_merged_is_the_finetuned_model(config, tmp_path):
     merge(tmp_path / "run", tmp_path / "merged", overwrite=True)
 
 
+def test_a_merge_does_not_take_its_runs_place(config, tmp_path):
+    run(config, ["trains=full", "steps=2"])
+    with pytest.raises(ValueError, match="holds the source, so not overwritten"):
+        merge(tmp_path / "run", tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
 def test_merge_needs_a_finished_run(config, tmp_path):
     with pytest.raises(ValueError, match=r"model: no adapter_config\.json, .*give a run of t2r train"):
         merge(tmp_path / "model", tmp_path / "out")
@@ -205,6 +212,15 @@ def test_a_folder_without_a_checkpoint_is_started_afresh(config, tmp_path):
     shutil.copy(config, tmp_path / "run" / "config.yaml")
     (tmp_path / "run" / "t2r_record.json").write_text('{"evaluation": {"before": {}}}')
     assert "evaluation" not in run(config)
+
+
+def test_a_resumed_run_tells_what_has_changed(config, capsys):
+    run(config, ["steps=2", "lora.options={use_rslora: true}"])
+    (config.parent / "run" / "t2r_record.json").unlink()
+    run(config, ["steps=2", "lora.options={lora_bias: false}"], resume=True)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "lora.options.use_rslora True → None" in told
+    assert "lora.options.lora_bias None → False" in told
 
 
 def test_resume_or_overwrite(config):

@@ -55,6 +55,15 @@ def test_a_shared_teacher_is_a_separate_one():
         assert a.abs().sum() > 0
 
 
+def test_a_teacher_drops_nothing_out():
+    model, x = learnt(student(tiny_teacher(), attention_dropout=0.5)).train(), tokens(1, 30)
+    with OwnTeacher().active(model) as base:
+        said = [base(x).logits for _ in range(2)]
+    model.eval()
+    with OwnTeacher().active(model) as base:
+        assert all(torch.equal(logits, base(x).logits) for logits in said)
+
+
 def test_a_separate_teacher_stays_as_it_is():
     teacher, x = SeparateTeacher(converted()), tokens(1, 30)
     before = {name: p.clone() for name, p in teacher.model.named_parameters()}
