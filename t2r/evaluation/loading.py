@@ -113,8 +113,10 @@ def record_of(source: str | Path) -> dict:
         ValueError: there is no such model, or the record is not JSON.
     """
     location, options = locate(source)
-    if options or Path(location).is_dir():
-        return {} if options else read_record(location)
+    if options:  # a GGUF file
+        return {}
+    if Path(location).is_dir():
+        return read_record(location)
     try:
         return read_record(Path(hf_hub_download(location, RECORD)).parent)
     except (EntryNotFoundError, HTTPError, OSError):

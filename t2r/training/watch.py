@@ -24,9 +24,7 @@ class ProgressLine(TrainerCallback):
         return self
 
     def __exit__(self, *_):
-        if self.progress:
-            self.progress.stop()
-            self.progress = None
+        self._stop()
 
     def begin(self, trainer: Trainer) -> None:
         """Say whose stage comes."""
@@ -60,7 +58,12 @@ class ProgressLine(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002
         """Stop the line."""
-        self.__exit__()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
 
 
 class Terminated(SystemExit):
