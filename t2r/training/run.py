@@ -91,7 +91,8 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     dtype = dtype_of(config, on_cuda)
     bf16, liger = on_cuda and dtype == "bfloat16", wants_liger(config, on_cuda)
     stages = plan_stages(config, state.num_processes)
-    check_teacher(config, [stage.config for stage in stages], record_of(config.model))
+    converted = record_of(config.model)
+    check_teacher(config, [stage.config for stage in stages], converted)
     check_zero3(stages)
     for stage in stages:
         training_arguments(config, stage, bf16)  # better to fail now than when its turn comes
@@ -117,7 +118,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
     if state.is_main_process:
         begin_folder(config, overwrite)
     state.wait_for_everyone()
-    record = (read_record(output) if resume else {}) or _inherited(record_of(config.model))
+    record = (read_record(output) if resume else {}) or _inherited(converted)
     if evaluator and "evaluation" not in record:
         record["evaluation"] = evaluator.before()
         if state.is_main_process:
@@ -125,7 +126,8 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
 
     if state.is_main_process:
         Console(stderr=True).print(f"teacher: {describe_teacher(config)}", highlight=False)
-    watchers = [ProgressLine(stages)]
+    line = ProgressLine(stages)
+    watchers = [line]
     if evaluator and config.eval.every:
 
         def keep(figures: dict) -> None:
@@ -137,7 +139,7 @@ def run(path: str | Path, overrides: list[str] | None = None, *, resume: bool = 
 
         evaluator.prepare()
         watchers.append(EvaluateEvery(evaluator, config.eval.every, keep))
-    with watchers[0]:
+    with line:
         record["history"] = _through_stages(model, teacher, config, stages, rows, watchers, bf16, resume, state, graphs)
     whole = {"state_dict": whole_state(model, state.is_main_process)} if is_sharded(model) else {}
     if state.is_main_process:

@@ -54,8 +54,8 @@ def plan_stages(config: TrainConfig, processes: int) -> list[Stage]:
         stages.append(Stage(i, stage, Path(config.output) / f"{i + 1}-{stage.stage}", tokens, steps, before))
         if stage.optim.warmup_steps >= steps:
             warnings.warn(
-                f"{stages[-1].name} has {steps} steps, all of them warm-up (optim.warmup_steps: "
-                f"{stage.optim.warmup_steps}); with a smaller gradient_accumulation it has more",
+                f"{stages[-1].name} has {steps} steps, all of them warm-up; lower optim.warmup_steps "
+                f"({stage.optim.warmup_steps}), or gradient_accumulation",
                 stacklevel=2,
             )
     return stages
